@@ -1,0 +1,71 @@
+"""Every error a user may see, with the exit code the command ends with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class TunerError(Exception):
+    """The sweep could not do what was asked (exit code 1)."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a spec: where, what was given, what would have been right."""
+
+    key: str
+    got: str
+    allowed: str
+    nearest: str | None = None
+
+    def __str__(self) -> str:
+        hint = f"; did you mean {self.nearest}?" if self.nearest else ""
+        return f"{self.key}: got {self.got}; allowed: {self.allowed}{hint}"
+
+
+class SpecError(TunerError):
+    """The spec is wrong; `problems` holds every finding, not only the first (exit code 2)."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[Problem], source: str = "spec"):
+        self.problems = problems
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = [f"{source}: {len(problems)} {noun}", *(f"  {problem}" for problem in problems)]
+        super().__init__("\n".join(lines))
+
+
+class DataError(TunerError):
+    """The data cannot be read or holds nothing to learn from (exit code 2)."""
+
+    exit_code = 2
+
+
+class MachineError(TunerError):
+    """The machine or the cluster does not fit what was asked (exit code 3)."""
+
+    exit_code = 3
+
+
+class NotFoundError(TunerError):
+    """No sweep, trial or alias of that name (exit code 2)."""
+
+    exit_code = 2
+
+
+class InfeasibleError(TunerError):
+    """A point of the space that cannot be trained: out of memory, diverged. The search learns from it."""
+
+    def __init__(self, cause: str, reason: str):
+        self.cause = cause
+        super().__init__(reason)
+
+
+class PromotionRefused(TunerError):
+    """The gate said no; the alias stays where it was. `reasons` says why, one sentence each."""
+
+    def __init__(self, reasons: list[str]):
+        self.reasons = reasons
+        super().__init__("not promoted: " + "; ".join(reasons))
