@@ -1,0 +1,1 @@
+"""WHAT CAME OUT: records, the store, ranking, queries, report."""

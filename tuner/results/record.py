@@ -1,0 +1,114 @@
+"""What is known of one trial and of one sweep, as plain frozen values that any process can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from tuner.spec.trial import Outcome, Report
+
+Status = Literal["queued", "preparing", "running", "finished", "failed", "interrupted", "cancelled"]
+ACTIVE: tuple[Status, ...] = ("preparing", "running")
+"""A driver is at work. Every other status but `queued` means that nobody is."""
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial: what it was asked, what it reported, how it ended."""
+
+    number: int
+    outcome: Outcome
+    point: dict[str, Any]
+    """The searched values, by dotted key."""
+    config: dict[str, Any]
+    """The whole `TrialConfig`; empty when the trial never got one."""
+    reports: tuple[Report, ...] = ()
+    """In order of tokens."""
+    report: Report | None = None
+    """The report the trial is ranked by: its best finite one, which need not be its last. None without one."""
+    cause: str | None = None
+    """One word for what ended it, such as `out_of_memory`; None for a trial that did all it was asked."""
+    reason: str | None = None
+    log_tail: str | None = field(default=None, repr=False)
+    started: datetime | None = None
+    finished: datetime | None = None
+
+    @property
+    def eval_loss(self) -> float | None:
+        return self.report.eval_loss if self.report else None
+
+    @property
+    def mean_token_accuracy(self) -> float | None:
+        return self.report.mean_token_accuracy if self.report else None
+
+    @property
+    def tokens(self) -> int | None:
+        """Trained tokens at the report the trial is ranked by."""
+        return self.report.tokens if self.report else None
+
+    @property
+    def step(self) -> int | None:
+        return self.report.step if self.report else None
+
+    @property
+    def adapter_path(self) -> str | None:
+        return self.report.adapter_path if self.report else None
+
+    @property
+    def reached(self) -> int:
+        """Trained tokens at the last report, finite or not: how far the trial got."""
+        return self.reports[-1].tokens if self.reports else 0
+
+    @property
+    def duration_s(self) -> float | None:
+        """Wall seconds from start to end; of a trial that still runs, to its last report."""
+        if self.started and self.finished:
+            return (self.finished - self.started).total_seconds()
+        return self.reports[-1].duration_s if self.reports else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Training speed over the whole trial, evaluations excluded."""
+        seconds, before = 0.0, 0
+        for report in self.reports:
+            if not report.tokens_per_s > 0:
+                return None
+            seconds += (report.trained_tokens - before) / report.tokens_per_s
+            before = report.trained_tokens
+        return before / seconds if seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """How a sweep stands. All times are UTC."""
+
+    name: str
+    status: Status
+    """As observed: a sweep that says it runs, but whose driver is gone, is `interrupted`."""
+    created: datetime
+    message: str | None = None
+    pid: int | None = None
+    host: str | None = None
+    """Where the driver runs, or ran last."""
+    started: datetime | None = None
+    heartbeat: datetime | None = None
+    finished: datetime | None = None
+    tokens_per_trial: int | None = None
+    """The full budget; None until the data is prepared."""
+    data: dict[str, Any] = field(default_factory=dict)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    """Scores of the untuned base; empty until they are measured."""
+    promoted: dict[str, Any] | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the first start, until the end or, when the driver vanished, until its last sign of life."""
+        if self.started is None:
+            return 0.0
+        end = utc_now() if self.status in ACTIVE else self.finished or self.heartbeat or self.started
+        return (end - self.started).total_seconds()

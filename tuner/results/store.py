@@ -1,0 +1,317 @@
+"""One sweep's records: an Optuna study and, in the same database, the two tables Optuna has no place for.
+
+The driver is the only writer while a sweep runs; any number of processes may read, during and after. Nothing is
+pickled, and opening a store neither creates nor migrates anything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import psutil
+import sqlalchemy as sa
+from ruamel.yaml import YAML
+
+from tuner.errors import NotFoundError, Problem, SpecError, TunerError
+from tuner.results import tables
+from tuner.results.ranking import best_report
+from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, utc_now
+from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Outcome, Report, TrialConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+STALE_AFTER_S = 60.0
+"""A driver that has shown no sign of life for so long is taken for dead. It beats at least every 20 seconds."""
+_BUSY_TIMEOUT_S = 60
+
+
+class Store:
+    """The records of one sweep. `Store.create` for a new one, `Store.open` for one that exists."""
+
+    def __init__(self, spec: SweepSpec, folder: SweepFolder, url: sa.URL):
+        self.spec = spec
+        self.folder = folder
+        self._url = url
+        self._engine = sa.create_engine(url, **_engine_options(url))
+        self._handles: dict[int, optuna.trial.Trial] = {}
+
+    @classmethod
+    def create(cls, spec: SweepSpec) -> Store:
+        """Claim the sweep's name, in the root and in the database, and write spec.yaml.
+
+        The folder is made under another name and renamed when it is complete, so that a reader finds a whole sweep or
+        none. Raises `TunerError` when the sweep exists.
+        """
+        from tuner.spec.load import dump_spec
+
+        folder = Root(Path(spec.storage.root)).sweep(spec.name)
+        if folder.path.exists():
+            raise _already_there(folder)
+        draft = SweepFolder(folder.path.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
+        draft.path.mkdir(parents=True)
+        try:
+            cls(spec, draft, _database_url(spec, draft, "rwc"))._create_tables()
+            draft.spec.write_text(dump_spec(spec), encoding="utf-8")
+            draft.path.rename(folder.path)
+        except OSError:
+            if folder.path.exists():  # somebody else was faster
+                raise _already_there(folder) from None
+            raise
+        finally:
+            shutil.rmtree(draft.path, ignore_errors=True)
+        return cls(spec, folder, _database_url(spec, folder, "rw"))
+
+    @classmethod
+    def open(cls, folder: SweepFolder) -> Store:
+        """The sweep in a folder, for reading and, by its driver, for going on. Raises `NotFoundError`."""
+        if not folder.spec.exists():
+            raise NotFoundError(_no_such_sweep(folder))
+        asked = YAML(typ="safe", pure=True).load(folder.spec.read_text(encoding="utf-8"))
+        asked["storage"]["root"] = str(folder.path.parent.parent)  # the root may have moved since
+        spec = SweepSpec.model_validate(asked)
+        if spec.storage.study is None and not folder.study.exists():
+            raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
+        return cls(spec, folder, _database_url(spec, folder, "rw"))
+
+    def _create_tables(self) -> None:
+        import optuna
+
+        if self._url.get_backend_name() == "sqlite":
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        storage = self._optuna_storage(create=True)
+        try:
+            optuna.create_study(study_name=self.spec.name, storage=storage, direction=self.spec.objective.goal)
+        except optuna.exceptions.DuplicatedStudyError:
+            raise TunerError(
+                f"the database of storage.study already holds a study {self.spec.name!r}, whose folder is not under "
+                f"{self.spec.storage.root}: choose another name, or the --root that it was started with"
+            ) from None
+        tables.METADATA.create_all(self._engine)
+        values = {"name": self.spec.name, "status": "queued", "spec": self.spec.model_dump(mode="json")}
+        with self._engine.begin() as connection:
+            connection.execute(tables.SWEEPS.insert().values(created=utc_now(), **values))
+        storage.remove_session()
+        storage.engine.dispose()
+        self._engine.dispose()
+
+    def _optuna_storage(self, create: bool) -> optuna.storages.RDBStorage:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        url = self._url.render_as_string(hide_password=False)
+        return optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(self._url), skip_table_creation=not create)
+
+    # The study and its trials
+
+    @cached_property
+    def _storage(self) -> optuna.storages.RDBStorage:
+        return self._optuna_storage(create=False)
+
+    @cached_property
+    def study(self) -> optuna.Study:
+        """The sweep's own study. The search sets `study.sampler`; direction and name come from the spec."""
+        import optuna
+
+        return optuna.load_study(study_name=self.spec.name, storage=self._storage)
+
+    def trial(self, number: int) -> optuna.trial.Trial:
+        """A handle on an unfinished trial that another call, or another process, has asked for."""
+        import optuna
+
+        if number not in self._handles:
+            self._handles[number] = optuna.trial.Trial(self.study, self._trial_id(number))
+        return self._handles[number]
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    @cached_property
+    def _study_id(self) -> int:
+        return self._storage.get_study_id_from_name(self.spec.name)
+
+    def start_trial(self, number: int, config: TrialConfig) -> None:
+        """Record what a trial runs with and that it starts now; an earlier attempt and its reports are forgotten."""
+        self.finish_trial(number, "RUNNING")
+        self._set_attributes(number, config=config, started=utc_now().isoformat(), finished=None)
+        mine = (tables.REPORTS.c.sweep == self.spec.name) & (tables.REPORTS.c.trial == number)
+        with self._engine.begin() as connection:
+            connection.execute(tables.REPORTS.delete().where(mine))
+
+    def finish_trial(
+        self,
+        number: int,
+        outcome: Outcome,
+        cause: str | None = None,
+        reason: str | None = None,
+        log_tail: str | None = None,
+    ) -> None:
+        """Record how a trial ended. Call before Optuna is told: it lets nobody touch a finished trial."""
+        self._set_attributes(
+            number, outcome=outcome, cause=cause, reason=reason, log_tail=log_tail, finished=utc_now().isoformat()
+        )
+
+    def _set_attributes(self, number: int, **attributes: Any) -> None:
+        trial_id = self._trial_id(number)
+        for key, value in attributes.items():
+            self._storage.set_trial_user_attr(trial_id, key, value)
+
+    def add_report(self, number: int, report: Report) -> None:
+        """Record one evaluation. Reports come at least once: the same tokens again replace what stood there."""
+        key = {"sweep": self.spec.name, "trial": number, "tokens": report.tokens}
+        same = sa.and_(*(tables.REPORTS.c[column] == value for column, value in key.items()))
+        with self._engine.begin() as connection:
+            connection.execute(tables.REPORTS.delete().where(same))
+            connection.execute(tables.REPORTS.insert().values({**report.as_dict(), **key, "time": utc_now()}))
+
+    def reports(self, number: int | None = None) -> list[dict[str, Any]]:
+        """Every report of one trial, or of all, as {trial, tokens, ..., time}, in order of trial and tokens."""
+        table = tables.REPORTS
+        query = sa.select(table).where(table.c.sweep == self.spec.name).order_by(table.c.trial, table.c.tokens)
+        if number is not None:
+            query = query.where(table.c.trial == number)
+        with self._engine.connect() as connection:
+            return [tables.report_row(row) for row in connection.execute(query).mappings()]
+
+    def trials(self) -> list[TrialRecord]:
+        """Every trial that was started, in order of number. Points only enqueued in Optuna are not trials yet."""
+        import optuna
+
+        reports: dict[int, list[Report]] = {}
+        for row in self.reports():
+            reports.setdefault(row["trial"], []).append(Report.from_dict(row))
+        started = [trial for trial in self.study.trials if trial.state != optuna.trial.TrialState.WAITING]
+        return [tables.record(trial, reports.get(trial.number, []), self._best_of) for trial in started]
+
+    def record(self, number: int) -> TrialRecord:
+        """One trial. Raises `NotFoundError`."""
+        for record in self.trials():
+            if record.number == number:
+                return record
+        raise NotFoundError(f"sweep {self.spec.name!r} has no trial {number}")
+
+    def _best_of(self, reports: list[Report]) -> Report | None:
+        return best_report(reports, self.spec.objective)
+
+    # The sweep as a whole
+
+    def set_status(self, status: Status, message: str | None = None) -> None:
+        """Record where the sweep stands. Who sets `preparing` or `running` becomes its driver."""
+        now = utc_now()
+        values: dict[str, Any] = {"status": status, "message": message}
+        if status in ACTIVE:
+            values |= {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": now, "finished": None}
+            values["started"] = sa.func.coalesce(tables.SWEEPS.c.started, now)
+        elif status != "queued":
+            values["finished"] = now
+        self._update(values)
+
+    def heartbeat(self) -> None:
+        """Say that the driver lives; expected every 20 seconds or oftener."""
+        self._update({"heartbeat": utc_now()})
+
+    def set_prepared(self, tokens_per_trial: int, data_summary: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
+        values = {"data": finite(dict(data_summary)), "baseline": finite(dict(baseline))}
+        self._update({"tokens_per_trial": tokens_per_trial, **values})
+
+    def set_promoted(self, promoted: Mapping[str, Any]) -> None:
+        """Record what was promoted, or `{"refused": [reasons]}`."""
+        self._update({"promoted": finite(dict(promoted))})
+
+    def _update(self, values: Mapping[str, Any]) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(tables.SWEEPS.update().where(tables.SWEEPS.c.name == self.spec.name).values(values))
+
+    def status(self) -> SweepStatus:
+        """How the sweep stands, as seen from here: a driver that is gone makes it `interrupted`."""
+        with self._engine.connect() as connection:
+            query = sa.select(tables.SWEEPS).where(tables.SWEEPS.c.name == self.spec.name)
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise NotFoundError(f"sweep {self.spec.name!r} is not in its database")
+        status = tables.sweep_status(row)
+        return status if status.status not in ACTIVE or driver_lives(status) else tables.interrupted(status)
+
+
+def driver_lives(status: SweepStatus) -> bool:
+    """Whether the driver has shown a sign of life lately and, when it is on this host, is still that process."""
+    if status.heartbeat is None or (utc_now() - status.heartbeat).total_seconds() > STALE_AFTER_S:
+        return False
+    if status.pid is None or status.host != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(status.pid)
+        reused = process.create_time() > status.heartbeat.timestamp() + 5
+        return process.status() != psutil.STATUS_ZOMBIE and not reused
+    except psutil.NoSuchProcess:
+        return False
+
+
+def finite(value: Any) -> Any:
+    """The same JSON document with null for every NaN and infinity, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _database_url(spec: SweepSpec, folder: SweepFolder, mode: str) -> sa.URL:
+    """Where the records are. `${VAR}` is expanded here, at use: the password stands in no file and no message."""
+    if spec.storage.study is None:
+        return _sqlite_url(str(folder.study), mode)
+    url = sa.make_url(re.sub(r"\$\{(\w+)\}", _environment, spec.storage.study))
+    return _sqlite_url(url.database or "", mode) if url.get_backend_name() == "sqlite" else url
+
+
+def _environment(match: re.Match[str]) -> str:
+    variable = match[1]
+    if variable not in os.environ:
+        raise SpecError([Problem("storage.study", match[0], f"a variable that is set; {variable} is not")])
+    return os.environ[variable]
+
+
+def _sqlite_url(path: str, mode: str) -> sa.URL:
+    """An URL that creates the file only with mode `rwc`; a file that this user may only read is opened for reading."""
+    return sa.URL.create("sqlite", database=f"file:{quote(path)}", query={"mode": mode, "uri": "true"})
+
+
+def _engine_options(url: sa.URL) -> dict[str, Any]:
+    sqlite = url.get_backend_name() == "sqlite"
+    return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+
+
+def _already_there(folder: SweepFolder) -> TunerError:
+    if folder.spec.exists():
+        return TunerError(
+            f"sweep {folder.name!r} exists already in {folder.path}: continue it with `tuner resume {folder.name}`, "
+            "or give this one another name (--set name=...)"
+        )
+    return TunerError(f"{folder.path} exists but is no sweep (it has no spec.yaml): move it away")
+
+
+def _no_such_sweep(folder: SweepFolder) -> str:
+    from difflib import get_close_matches
+
+    names = sweep_names(folder.path.parent)
+    near = get_close_matches(folder.name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; there: {', '.join(names[:10]) or 'no sweep'}"
+    return f"no sweep {folder.name!r} in {folder.path.parent}{hint}"
+
+
+def sweep_names(sweeps: Path) -> list[str]:
+    """The names of the sweeps in a root's folder of sweeps, sorted."""
+    return sorted(path.parent.name for path in sweeps.glob("*/spec.yaml") if not path.parent.name.startswith("."))
