@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from tuner.errors import TunerError
 
@@ -100,10 +100,13 @@ def _converted_gguf(folder: str, model: dict[str, Any], cache: Path) -> Path:
 def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model["gguf_file"])
     weights = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=model["gguf_file"], dtype=getattr(torch, model["dtype"])
+        folder,
+        gguf_file=model["gguf_file"],
+        dtype=getattr(torch, model["dtype"]),
+        quantization_config=GgufConfig(dequantize=True),
     )
-    # The loader marks the model as GGUF-quantised although its weights are now plain tensors.
-    del weights.config.quantization_config
+    # The loader still calls the model GGUF-quantised in its config, though its weights are plain now.
+    weights.config.__dict__.pop("quantization_config", None)
     weights.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
