@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -15,6 +17,15 @@ ACTIVE: tuple[Status, ...] = ("preparing", "running")
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+def finite(value: Any) -> Any:
+    """The same JSON document with null for every NaN and infinity, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

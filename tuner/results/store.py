@@ -6,28 +6,28 @@ pickled, and opening a store neither creates nor migrates anything.
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import secrets
 import shutil
 import socket
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import psutil
 import sqlalchemy as sa
-from ruamel.yaml import YAML
 
-from tuner.errors import NotFoundError, Problem, SpecError, TunerError
+from tuner.errors import NotFoundError, TunerError
 from tuner.results import tables
+from tuner.results.database import database_url, engine_options
 from tuner.results.ranking import best_report
-from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, utc_now
+from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.load import dump_spec
 from tuner.spec.sweep import SweepSpec
+from tuner.spec.text import parse_yaml
 from tuner.spec.trial import Outcome, Report, TrialConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 STALE_AFTER_S = 60.0
 """A driver that has shown no sign of life for so long is taken for dead. It beats at least every 20 seconds."""
-_BUSY_TIMEOUT_S = 60
 
 
 class Store:
@@ -45,7 +44,7 @@ class Store:
         self.spec = spec
         self.folder = folder
         self._url = url
-        self._engine = sa.create_engine(url, **_engine_options(url))
+        self._engine = sa.create_engine(url, **engine_options(url))
         self._handles: dict[int, optuna.trial.Trial] = {}
 
     @classmethod
@@ -55,15 +54,13 @@ class Store:
         The folder is made under another name and renamed when it is complete, so that a reader finds a whole sweep or
         none. Raises `TunerError` when the sweep exists.
         """
-        from tuner.spec.load import dump_spec
-
         folder = Root(Path(spec.storage.root)).sweep(spec.name)
         if folder.path.exists():
             raise _already_there(folder)
         draft = SweepFolder(folder.path.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
         draft.path.mkdir(parents=True)
         try:
-            cls(spec, draft, _database_url(spec, draft, "rwc"))._create_tables()
+            cls(spec, draft, database_url(spec, draft, "rwc"))._create_tables()
             draft.spec.write_text(dump_spec(spec), encoding="utf-8")
             draft.path.rename(folder.path)
         except OSError:
@@ -72,19 +69,19 @@ class Store:
             raise
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
-        return cls(spec, folder, _database_url(spec, folder, "rw"))
+        return cls(spec, folder, database_url(spec, folder, "rw"))
 
     @classmethod
     def open(cls, folder: SweepFolder) -> Store:
         """The sweep in a folder, for reading and, by its driver, for going on. Raises `NotFoundError`."""
         if not folder.spec.exists():
             raise NotFoundError(_no_such_sweep(folder))
-        asked = YAML(typ="safe", pure=True).load(folder.spec.read_text(encoding="utf-8"))
+        asked = parse_yaml(folder.spec.read_text(encoding="utf-8"), str(folder.spec))
         asked["storage"]["root"] = str(folder.path.parent.parent)  # the root may have moved since
         spec = SweepSpec.model_validate(asked)
         if spec.storage.study is None and not folder.study.exists():
             raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
-        return cls(spec, folder, _database_url(spec, folder, "rw"))
+        return cls(spec, folder, database_url(spec, folder, "rw"))
 
     def _create_tables(self) -> None:
         import optuna
@@ -113,7 +110,7 @@ class Store:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = self._url.render_as_string(hide_password=False)
-        return optuna.storages.RDBStorage(url, engine_kwargs=_engine_options(self._url), skip_table_creation=not create)
+        return optuna.storages.RDBStorage(url, engine_kwargs=engine_options(self._url), skip_table_creation=not create)
 
     # The study and its trials
 
@@ -260,40 +257,6 @@ def driver_lives(status: SweepStatus) -> bool:
         return False
 
 
-def finite(value: Any) -> Any:
-    """The same JSON document with null for every NaN and infinity, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _database_url(spec: SweepSpec, folder: SweepFolder, mode: str) -> sa.URL:
-    """Where the records are. `${VAR}` is expanded here, at use: the password stands in no file and no message."""
-    if spec.storage.study is None:
-        return _sqlite_url(str(folder.study), mode)
-    url = sa.make_url(re.sub(r"\$\{(\w+)\}", _environment, spec.storage.study))
-    return _sqlite_url(url.database or "", mode) if url.get_backend_name() == "sqlite" else url
-
-
-def _environment(match: re.Match[str]) -> str:
-    variable = match[1]
-    if variable not in os.environ:
-        raise SpecError([Problem("storage.study", match[0], f"a variable that is set; {variable} is not")])
-    return os.environ[variable]
-
-
-def _sqlite_url(path: str, mode: str) -> sa.URL:
-    """An URL that creates the file only with mode `rwc`; a file that this user may only read is opened for reading."""
-    return sa.URL.create("sqlite", database=f"file:{quote(path)}", query={"mode": mode, "uri": "true"})
-
-
-def _engine_options(url: sa.URL) -> dict[str, Any]:
-    sqlite = url.get_backend_name() == "sqlite"
-    return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
-
-
 def _already_there(folder: SweepFolder) -> TunerError:
     if folder.spec.exists():
         return TunerError(
@@ -304,8 +267,6 @@ def _already_there(folder: SweepFolder) -> TunerError:
 
 
 def _no_such_sweep(folder: SweepFolder) -> str:
-    from difflib import get_close_matches
-
     names = sweep_names(folder.path.parent)
     near = get_close_matches(folder.name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; there: {', '.join(names[:10]) or 'no sweep'}"

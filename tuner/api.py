@@ -1,0 +1,219 @@
+"""The Python API: load a spec, run it, and ask any sweep, running or over, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import NotFoundError, TunerError
+from tuner.results import query
+from tuner.results.ranking import best_trial
+from tuner.results.record import SweepStatus, TrialRecord
+from tuner.results.store import Store, sweep_names
+from tuner.spec.layout import Root, SweepFolder, default_root
+from tuner.spec.load import load_spec as _load_spec
+from tuner.spec.sweep import SweepSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tuner.execution.events import Display
+    from tuner.promotion.promote import Promotion
+
+
+def load_spec(path: str | Path, *overrides: str, root: str | Path | None = None) -> SweepSpec:
+    """The checked, resolved spec of a YAML file, with `"a.b=value"` overrides laid over it.
+
+    `root` is where sweeps are kept: this argument, else TUNER_ROOT, else the spec's, else `runs`.
+    Raises `SpecError` with every problem at once.
+    """
+    return _load_spec(path, overrides, Path(root) if root else None)
+
+
+def run(
+    spec: SweepSpec | str | Path, *overrides: str, root: str | Path | None = None, display: Display | None = None
+) -> Sweep:
+    """Run a sweep to its end on this machine and return it; `display` is told what happens meanwhile.
+
+    Raises `SpecError`, `DataError` and `MachineError` before anything is trained, `TunerError` when the name is taken.
+    A sweep without a successful trial does not raise: look at `Sweep.status` and `Sweep.best`.
+    """
+    from tuner.execution.sweep import run_sweep
+
+    if not isinstance(spec, SweepSpec):
+        spec = load_spec(spec, *overrides, root=root)
+    elif overrides or root:
+        raise TunerError("overrides and root go with a path; this spec is loaded: give them to tuner.load_spec")
+    run_sweep(spec, display)
+    return open(spec.name, spec.storage.root)
+
+
+def resume(name: str, root: str | Path | None = None, display: Display | None = None) -> Sweep:
+    """Continue a sweep that was interrupted: finished trials stay, the total is what was asked for."""
+    from tuner.execution.sweep import resume_sweep
+
+    sweep = open(name, root)
+    sweep.require_idle("resume")
+    resume_sweep(sweep.store, display)
+    return open(name, root)
+
+
+def open(name: str, root: str | Path | None = None) -> Sweep:
+    """The sweep of that name. Raises `NotFoundError`, naming the nearest."""
+    return Sweep(Store.open(_root(root).sweep(name)))
+
+
+def sweeps(root: str | Path | None = None) -> pd.DataFrame:
+    """One row a sweep: name, status, trials (by now), asked, best, score, baseline, metric, created, elapsed_s."""
+    import pandas as pd
+
+    return pd.DataFrame(overview(root), columns=["name", *_OVERVIEW])
+
+
+_OVERVIEW = ("status", "trials", "asked", "best", "score", "baseline", "metric", "created", "elapsed_s", "problem")
+
+
+def overview(root: str | Path | None = None) -> list[dict[str, Any]]:
+    """The rows of `sweeps()`, newest first. A sweep that cannot be read is listed with its problem."""
+    place = _root(root)
+    rows = []
+    for name in sweep_names(place.sweeps):
+        try:
+            rows.append({"name": name} | Sweep(Store.open(place.sweep(name))).summary())
+        except TunerError as error:
+            rows.append({"name": name, **dict.fromkeys(_OVERVIEW), "status": "unreadable", "problem": str(error)})
+    return sorted(rows, key=lambda row: (row["created"] is not None, row["created"]), reverse=True)
+
+
+def _root(root: str | Path | None) -> Root:
+    return Root(Path(root).resolve() if root else default_root())
+
+
+class Sweep:
+    """One sweep, as it stands at the moment of each question; the driver may be another process, or gone."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def __repr__(self) -> str:
+        return f"<Sweep {self.name} {self.status}>"
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def spec(self) -> SweepSpec:
+        return self.store.spec
+
+    @property
+    def folder(self) -> SweepFolder:
+        return self.store.folder
+
+    @property
+    def status(self) -> str:
+        """queued, preparing, running, finished, failed, interrupted or cancelled."""
+        return self.state().status
+
+    def state(self) -> SweepStatus:
+        """Status, message, times, driver, data, baseline and what was promoted."""
+        return self.store.status()
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        """Scores of the untuned base on the same eval set: eval_loss (nats per token), mean_token_accuracy, ...
+
+        Empty until measured.
+        """
+        return self.state().baseline
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The winner among the trials that completed their budget; `.report` is the evaluation it wins by.
+
+        That may be an earlier one than its last, and `.adapter_path` is the adapter as it was scored there.
+        """
+        found = best_trial(self.records(), self.spec.objective, self.state().tokens_per_trial)
+        return found[0] if found else None
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial, in order of number."""
+        return self.store.trials()
+
+    def trial(self, number: int) -> TrialRecord:
+        """One trial. Raises `NotFoundError`."""
+        return self.store.record(number)
+
+    def select(self, where: str | None = None, sort: str | None = None, top: int | None = None) -> list[TrialRecord]:
+        """Trials, best first, filtered by `where` such as `lora.r>=16 and outcome==COMPLETED`; see `query.select`."""
+        return query.select(self.records(), self.spec, where, sort, top)
+
+    def trials(self, where: str | None = None, sort: str | None = None, top: int | None = None) -> pd.DataFrame:
+        """One row a trial, best first: outcome, scores, tokens, times, and a column for each searched key."""
+        return query.trials_frame(self.select(where, sort, top))
+
+    def reports(self) -> pd.DataFrame:
+        """One row an evaluation: trial, outcome, tokens, step, train_loss, eval_loss, ..., adapter_path."""
+        return query.reports_frame(self.records())
+
+    def importances(self) -> dict[str, float]:
+        """Share of the score's variation that each searched key explains; empty with under two completed trials."""
+        return query.importances(self.store.study)[0]
+
+    def results(self, where: str | None = None, sort: str | None = None, top: int | None = None) -> dict[str, Any]:
+        """The document that `tuner results NAME --json` prints; `tuner.results.query.document` defines it."""
+        records = self.records()
+        return query.document(self.spec, self.state(), records, query.select(records, self.spec, where, sort, top))
+
+    def report(self) -> str:
+        """The whole sweep as a Markdown page."""
+        from tuner.results.report import markdown_report
+
+        return markdown_report(self.spec, self.state(), self.records(), *query.importances(self.store.study))
+
+    def summary(self) -> dict[str, Any]:
+        """One row of `tuner.sweeps()`, without the name."""
+        state, records, metric = self.state(), self.records(), self.spec.objective.metric
+        best = best_trial(records, self.spec.objective, state.tokens_per_trial)
+        return {
+            "status": state.status,
+            "trials": sum(record.outcome != "RUNNING" for record in records),
+            "asked": self.spec.budget.trials,
+            "best": best[0].number if best else None,
+            "score": getattr(best[1], metric) if best else None,
+            "baseline": state.baseline.get(metric),
+            "metric": metric,
+            "created": state.created,
+            "elapsed_s": state.elapsed_s,
+            "problem": state.message,
+        }
+
+    def promote(
+        self,
+        number: int | None = None,
+        alias: str | None = None,
+        force: bool = False,
+        push_to_hub: str | None = None,
+        progress: Callable[[str], None] = lambda step: None,
+    ) -> Promotion:
+        """Merge, measure again and, if the gate agrees, promote the best trial or the one of that number.
+
+        Raises `PromotionRefused` with the reasons, `NotFoundError` when there is nothing to promote.
+        """
+        from tuner.execution.promote import promote_trial
+
+        self.require_idle("promote")
+        record = self.best if number is None else self.trial(number)
+        if record is None:
+            raise NotFoundError(f"sweep {self.name!r} has no best trial: none completed its budget")
+        return promote_trial(self.store, record, alias=alias, force=force, push_to_hub=push_to_hub, progress=progress)
+
+    def require_idle(self, verb: str) -> None:
+        """Raise `TunerError` while a driver is at work on the sweep: a store has one writer."""
+        state = self.state()
+        if state.status in ("preparing", "running"):
+            raise TunerError(
+                f"cannot {verb} {self.name!r}: it is {state.status} (pid {state.pid} on {state.host}); "
+                f"`tuner cancel {self.name}` ends it"
+            )
