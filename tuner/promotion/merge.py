@@ -1,0 +1,186 @@
+"""Merges a trial's adapter into its base, saves, reloads and measures; always a process of its own.
+
+`python -m tuner.promotion.merge JOB.json RESULT.json`. Fresh because a model that has been evaluated may no longer be
+merged: on CPUs with AVX512-BF16 an evaluation repacks 4-bit weights, and the merge that follows is garbage.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from datasets import Dataset, load_from_disk
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tuner.errors import PromotionRefused, TunerError
+from tuner.promotion.adapter import check_adapter, check_full_model
+from tuner.promotion.fresh import MergeJob, Progress
+from tuner.promotion.samples import generate, pick_prompts
+from tuner.training.evaluation import score
+from tuner.training.model import _source, describe, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Do the job; standard output carries a line per step, everything that libraries say goes to standard error."""
+    job = MergeJob(**json.loads(Path(job_file).read_text(encoding="utf-8")))
+    steps = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_parent, args=(job,), daemon=True).start()
+    try:  # a border: a refusal is a result, anything else is a failure of this process
+        result = run(job, lambda step: print(step, file=steps))
+    except PromotionRefused as refusal:
+        result = {"refused": refusal.reasons}
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+
+
+def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
+    """Check, merge, save, reload, measure; one model in memory at a time.
+
+    Returns:
+        `checkpoint` (facts of the check), `base` (what identifies it), `chat` (whether there is a chat template),
+        `merged` and `incumbent` (scores; None where not asked for), `reasons` (why the incumbent could not be
+        measured), `samples` (prompt, before, after).
+    """
+    output = Path(job.output)
+    facts, base = _check(job, progress)
+    model, tokenizer = _build(job, progress)
+    progress("saving")
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    del model
+    gc.collect()
+
+    rows = load_from_disk(job.eval_rows)
+    prompts = pick_prompts(rows, job.samples)
+    progress("measuring the merged model")
+    merged = load_saved(output, job.config["model"])
+    scored = score(merged, rows, job.eval_batch_size).as_dict()
+    after = generate(merged, tokenizer, prompts)
+    del merged
+    gc.collect()
+
+    incumbent, reasons = _measure_incumbent(job, tokenizer, rows, progress)
+    progress("asking the base for sample answers")
+    before = generate(load_model(job.config["model"], Path(job.cache), device=device()), tokenizer, prompts)
+    return {
+        "checkpoint": facts,
+        "base": base,
+        "chat": tokenizer.chat_template is not None,
+        "merged": scored,
+        "incumbent": incumbent,
+        "reasons": reasons,
+        "samples": [
+            {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": old, "after": new}
+            for prompt, old, new in zip(prompts, before, after, strict=True)
+        ],
+    }
+
+
+def merge(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the base with the adapter merged in, rounded to `dtype` once.
+
+    Each adapted layer is added up in float32, layer by layer: PEFT alone would round the product and then the sum.
+    """
+    adapted = PeftModel.from_pretrained(base, adapter)
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            inner = layer.get_base_layer().float()
+            layer.merge(safe_merge=True)
+            inner.to(dtype)
+    return adapted.merge_and_unload().to(dtype)
+
+
+def load_saved(folder: Path, model: dict[str, Any]) -> PreTrainedModel:
+    """Load a saved model as anybody would, with plain transformers; raise TunerError unless every weight is there."""
+    loaded: Any
+    loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+        folder,
+        dtype="auto",
+        attn_implementation=model["attn_implementation"],
+        trust_remote_code=model["trust_remote_code"],
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise TunerError(
+                f"{folder}: {problem.replace('_', ' ')} when loaded again: {sorted(map(str, info[problem]))}"
+            )
+    return loaded.to(device())
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check(job: MergeJob, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts of the checkpoint and of its base, from configs and files: no model is loaded yet."""
+    progress("checking the checkpoint")
+    model = job.config["model"]
+    source, options = _source(model, Path(job.cache))
+    config = AutoConfig.from_pretrained(source, **options)
+    if job.config["lora"] is None:
+        facts = check_full_model(Path(job.checkpoint), config)
+    else:
+        facts = check_adapter(Path(job.checkpoint), config, source, model["trust_remote_code"])
+    commit = getattr(config, "_commit_hash", None)
+    identity = {"commit": commit} if commit else describe(model, Path(job.cache))
+    return facts, {**identity, "name": model["name"], "revision": model["revision"]}
+
+
+def _build(job: MergeJob, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to promote, in memory, in the spec's dtype and never quantised, and its tokenizer."""
+    model, cache = job.config["model"], Path(job.cache)
+    dtype = getattr(torch, model["dtype"])
+    tokenizer = load_tokenizer(model, cache)
+    if job.config["lora"] is None:
+        progress("loading the trained model")
+        return load_saved(Path(job.checkpoint), model).to(dtype), tokenizer
+    progress("loading the base")
+    if job.merge_into == "original":
+        model = {**model, "quantization": "none"}
+    base = load_model(model, cache, device=device())
+    if model["quantization"] != "none":
+        base = base.dequantize(dtype)
+    progress("merging")
+    return merge(base, Path(job.checkpoint), dtype), tokenizer
+
+
+def _measure_incumbent(
+    job: MergeJob, tokenizer: PreTrainedTokenizerBase, rows: Dataset, progress: Progress
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Score of the promoted model on these rows; with another vocabulary they would mean nothing to it."""
+    if job.incumbent is None:
+        return None, []
+    progress("measuring what is promoted now")
+    folder = Path(job.incumbent)
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        return None, [
+            f"{folder.parent.name} {folder.name} has another tokenizer: its loss per token cannot be compared"
+        ]
+    return score(load_saved(folder, job.config["model"]), rows, job.eval_batch_size).as_dict(), []
+
+
+def _end_with_parent(job: MergeJob) -> None:
+    """When who asked is gone, nobody will take the result: remove what was written and end."""
+    while os.getppid() == job.parent:
+        time.sleep(0.5)
+    shutil.rmtree(job.output, ignore_errors=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,224 @@
+"""Promotion: the best trial's checkpoint becomes a verified, versioned model under an alias, or the alias stays."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+from tuner.errors import PromotionRefused
+from tuner.promotion.card import write_card
+from tuner.promotion.fresh import MergeJob, Progress, run_fresh
+from tuner.promotion.gate import decide
+from tuner.promotion.manifest import public_fields, public_spec, write_manifest
+from tuner.promotion.registry import Version, current, next_version, publish, staging
+from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.sweep import GOAL_OF_METRIC, PromotionSpec, SweepSpec
+from tuner.spec.trial import Report, TrialConfig
+
+SAMPLES = 2
+
+
+class Scores(TypedDict):
+    """Figures of everything the gate looks at, by metric."""
+
+    baseline: dict[str, float]
+    trial: dict[str, float]
+    merged: dict[str, float]
+    incumbent: dict[str, float] | None
+
+
+class Trial(Protocol):
+    """What promotion needs to know of a `TrialRecord`."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def config(self) -> TrialConfig: ...
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A promotion that took place. All scores are `metric` on the sweep's evaluation set."""
+
+    alias: str
+    version: str
+    path: Path
+    trial: int
+    metric: str
+    score_before: float
+    """The trial's own: the adapter on its base."""
+    score_after: float
+    """The merged model's, loaded from what was saved."""
+    baseline: float
+    """The untuned base's."""
+    incumbent: float | None
+    """That of the model the alias pointed at before; None: it pointed at none, or the two cannot be compared."""
+    forced: bool
+    """Whether the gate had said no."""
+    reasons: tuple[str, ...]
+    """What the gate had said."""
+    samples: tuple[dict[str, str], ...]
+    """`prompt`, `before` (the base's answer) and `after` (the merged model's)."""
+    pushed_to: str | None = None
+    """Address of the model on the hub."""
+
+
+def promote(
+    spec: SweepSpec,
+    record: Trial,
+    report: Report,
+    baseline: dict[str, float],
+    *,
+    eval_rows: Path,
+    eval_fingerprint: str,
+    data_fingerprint: str,
+    sweep_folder: SweepFolder,
+    alias: str | None = None,
+    force: bool = False,
+    push_to_hub: str | None = None,
+    progress: Progress = lambda step: None,
+) -> Promotion:
+    """Merge, measure and, if the gate agrees, publish the checkpoint of `report` as the alias's next version.
+
+    Args:
+        report: the evaluation to promote: its `adapter_path` and scores.
+        baseline: scores of the untuned base, by metric.
+        eval_rows: folder of the tokenised evaluation set.
+        eval_fingerprint: identifies `eval_rows`; a promoted model measured on other rows is measured again on these.
+        alias: instead of the spec's.
+        force: promote although the gate says no, and record that. A checkpoint that is broken, or a score that is not
+            finite, cannot be forced.
+        push_to_hub: repository that the version's folder is uploaded to; made, private, where there is none.
+        progress: called with a line at the start of every step.
+
+    Raises:
+        PromotionRefused: the checkpoint is broken or the gate said no; nothing is left behind.
+        TunerError: the merge process failed; its last lines are in the message.
+    """
+    settings = spec.promotion or PromotionSpec()
+    alias = alias or settings.alias
+    root = Root(Path(spec.storage.root))
+    with staging(root, alias) as working:
+        before = current(root, alias)
+        known = _known_scores(before, eval_fingerprint)
+        job = MergeJob(
+            config=dict(record.config),
+            checkpoint=_checkpoint(record, report),
+            eval_rows=str(eval_rows),
+            output=str(working / "model"),
+            cache=str(root.cache),
+            merge_into=settings.merge_into,
+            eval_batch_size=spec.train.get("per_device_eval_batch_size", 8),
+            incumbent=str(before.path) if before is not None and known is None else None,
+            samples=SAMPLES,
+            parent=os.getpid(),
+        )
+        outcome = run_fresh(job, working, sweep_folder.path / "promotion.log", progress)
+        scores = Scores(
+            baseline=_figures(baseline),
+            trial=_figures(report.as_dict()),
+            merged=_figures(outcome["merged"]),
+            incumbent=known if outcome["incumbent"] is None else _figures(outcome["incumbent"]),
+        )
+        reasons = _reasons(spec, settings, scores, outcome["reasons"], force)
+        manifest = {
+            **_origin(spec, record, report),
+            **{key: outcome[key] for key in ("base", "chat", "checkpoint")},
+            "alias": alias,
+            "version": next_version(root, alias).name,
+            "previous": before.name if before is not None else None,
+            "data_fingerprint": data_fingerprint,
+            "eval_fingerprint": eval_fingerprint,
+            "scores": scores,
+            "forced": bool(reasons),
+            "reasons": reasons,
+        }
+        write_manifest(working / "model", manifest)
+        write_card(working / "model", manifest, outcome["samples"])
+        version = publish(root, alias, working / "model", forced=bool(reasons), reasons=tuple(reasons))
+    pushed_to = _push(version, push_to_hub, progress) if push_to_hub else None
+    return _promotion(version, manifest, spec.objective.metric, outcome["samples"], pushed_to)
+
+
+def _checkpoint(record: Trial, report: Report) -> str:
+    if report.adapter_path is None or not Path(report.adapter_path).is_dir():
+        raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"])
+    return report.adapter_path
+
+
+def _known_scores(version: Version | None, eval_fingerprint: str) -> dict[str, float] | None:
+    """What the promoted model scored when it was promoted, if that was on the same evaluation set."""
+    if version is None:
+        return None
+    manifest = version.manifest()
+    return manifest["scores"]["merged"] if manifest["eval_fingerprint"] == eval_fingerprint else None
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    return {metric: values[metric] for metric in GOAL_OF_METRIC}
+
+
+def _reasons(spec: SweepSpec, settings: PromotionSpec, scores: Scores, reasons: list[str], force: bool) -> list[str]:
+    """What speaks against promoting; returns only when nothing does, or when it is forced and may be."""
+    metric, incumbent = spec.objective.metric, scores["incumbent"]
+    reasons = reasons + decide(
+        metric,
+        spec.objective.goal,
+        scores["trial"][metric],
+        scores["merged"][metric],
+        scores["baseline"][metric],
+        incumbent[metric] if incumbent is not None else None,
+        settings.max_regression,
+    )
+    everything = [scores["trial"], scores["merged"], scores["baseline"], incumbent or {}]
+    measured = all(math.isfinite(value) for values in everything for value in values.values())
+    if reasons and not (force and measured):
+        raise PromotionRefused(reasons)
+    return reasons
+
+
+def _origin(spec: SweepSpec, record: Trial, report: Report) -> dict[str, Any]:
+    """The part of the manifest that says where the model comes from."""
+    return {
+        "sweep": spec.name,
+        "trial": record.number,
+        "config": {**record.config, "train": public_fields(record.config["train"])},
+        "tokens": report.tokens,
+        "step": report.step,
+        "spec": public_spec(spec),
+    }
+
+
+def _promotion(
+    version: Version, manifest: dict[str, Any], metric: str, samples: list[dict[str, str]], pushed_to: str | None
+) -> Promotion:
+    scores = manifest["scores"]
+    return Promotion(
+        alias=version.alias,
+        version=version.name,
+        path=version.path,
+        trial=manifest["trial"],
+        metric=metric,
+        score_before=scores["trial"][metric],
+        score_after=scores["merged"][metric],
+        baseline=scores["baseline"][metric],
+        incumbent=scores["incumbent"][metric] if scores["incumbent"] is not None else None,
+        forced=manifest["forced"],
+        reasons=tuple(manifest["reasons"]),
+        samples=tuple(samples),
+        pushed_to=pushed_to,
+    )
+
+
+def _push(version: Version, repository: str, progress: Progress) -> str:
+    """Upload a version's folder as it is; the repository is made private where there is none."""
+    from huggingface_hub import HfApi
+
+    progress(f"uploading to {repository}")
+    api = HfApi()
+    api.create_repo(repository, private=True, exist_ok=True)
+    message = f"{version.alias} {version.name}"
+    return str(api.upload_folder(repo_id=repository, folder_path=version.path, commit_message=message))

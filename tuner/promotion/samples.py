@@ -1,0 +1,48 @@
+"""Answers of a model to a few evaluation prompts, so that a user sees what the tuning did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from tuner.training.evaluation import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 64
+
+
+def pick_prompts(rows: Dataset, count: int) -> list[list[int]]:
+    """Token ids of up to `count` prompts, spread evenly over the rows.
+
+    A prompt is what stands before a row's first target token; of a row that is all target (plain text), the first half.
+    """
+    prompts = []
+    count = min(count, len(rows))
+    for index in range(count):
+        row = rows[index * len(rows) // count]
+        start = next((position for position, label in enumerate(row["labels"]) if label != IGNORED), 0)
+        # The first token is never a target, so a row of plain text may begin with one ignored label.
+        prompts.append(row["input_ids"][: start if start > 1 else max(1, len(row["input_ids"]) // 2)])
+    return prompts
+
+
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[str]:
+    """The model's greedy continuation of each prompt, at most `MAX_NEW_TOKENS` tokens, special tokens left out."""
+    model.eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.no_grad():
+            output = cast(Any, model).generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+        answers.append(str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)).strip())
+    return answers
