@@ -1,0 +1,126 @@
+"""What to try next and what to stop: an Optuna study, seen as ask, report and tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import TrialState
+
+from tuner.search.samplers import make_pruner, make_sampler, suggest
+from tuner.spec.space import in_order, is_active, resolve
+from tuner.spec.trial import Outcome, Report, TrialConfig, milestones
+
+if TYPE_CHECKING:
+    from tuner.spec.sweep import SweepSpec
+
+_FEASIBILITY = "infeasible"
+"""Name of the one constraint: 1 for a point that could not be trained, 0 for every other."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trial ended. A trial that reached its full budget or was stopped early needs no cause."""
+
+    outcome: Outcome
+    cause: str | None = None
+    reason: str | None = None
+    log_tail: str | None = None
+
+
+class Search:
+    """Proposes trials, decides which go on, and records in Optuna what became of each.
+
+    Optuna sees every evaluation as an intermediate value at its token count; a trial is COMPLETE only after its full
+    budget, with its best value; stopped ones are PRUNED; infeasible ones are PRUNED and violate a constraint, so that
+    samplers learn to keep away; only failures, which say nothing about the point, are FAIL.
+
+    Trials that an earlier run left unfinished are proposed again first, under their own numbers.
+    """
+
+    def __init__(self, spec: SweepSpec, study: optuna.Study, tokens_per_trial: int):
+        self._spec = spec
+        self._study = study
+        self._budget = tokens_per_trial
+        trials = study.get_trials(deepcopy=False)
+        study.sampler = make_sampler(spec.search, spec.space, told=len(trials))
+        study.pruner = make_pruner(spec, milestones(tokens_per_trial, spec.budget.evals_per_trial))
+        self._unfinished = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self._trials: dict[int, optuna.Trial] = {}
+        self._best: dict[int, float] = {}
+        self._endings: dict[int, Ending] = {}
+        if not trials:
+            for point in spec.search.enqueue:
+                study.enqueue_trial(point)
+        self.remaining = spec.budget.trials - sum(trial.state.is_finished() for trial in trials)
+        """How many trials are still to be asked for."""
+
+    def ask(self) -> TrialConfig | None:
+        """The next trial, or None when the budget of trials is used up."""
+        if self.remaining <= 0:
+            return None
+        self.remaining -= 1
+        if self._unfinished:
+            trial = optuna.Trial(self._study, self._unfinished.pop(0)._trial_id)
+        else:
+            trial = self._study.ask()
+        point: dict[str, object] = {}
+        for key in in_order(self._spec.space):  # a trial asked before gets the values it was given then
+            if is_active(self._spec.space[key], point):
+                point[key] = suggest(trial, key, self._spec.space[key])
+        self._trials[trial.number] = trial
+        return resolve(self._spec, trial.number, point)
+
+    def report(self, number: int, report: Report) -> bool:
+        """Take one evaluation; return True when the trial should stop now."""
+        trial = self._trials[number]
+        value: float = getattr(report, self._spec.objective.metric)
+        trial.report(value, step=report.tokens)
+        if not report.is_finite():
+            reason = f"eval_loss is {report.eval_loss} after {report.trained_tokens} tokens"
+            self._endings[number] = Ending("INFEASIBLE", "diverged", reason)
+            return True
+        self._best[number] = self._better(value, self._best.get(number, math.nan))
+        if report.tokens >= self._budget:
+            self._endings[number] = Ending("COMPLETED")
+            return False
+        if report.tokens < (self._last_step(trial) or 0):
+            return False  # a rerun, catching up with what it had already been allowed to pass
+        if trial.should_prune():
+            reason = f"{self._spec.stopping.type} at {report.tokens} tokens"
+            self._endings[number] = Ending("STOPPED", "early stopping", reason)
+            return True
+        return False
+
+    def is_decided(self, number: int) -> bool:
+        """Whether the reports so far already say how the trial ends."""
+        return number in self._endings
+
+    def ending(self, number: int, failure: Ending | None = None) -> Ending:
+        """How a trial that has just ended is to be recorded; `failure` is what the trial itself said, if anything."""
+        decided = self._endings.get(number)
+        if decided is not None:
+            return decided
+        return failure or Ending("FAILED", "worker-lost", "the trial's process ended without a word")
+
+    def tell(self, number: int, ending: Ending) -> None:
+        """Record the end of a trial in Optuna; nothing about the trial can change afterwards."""
+        trial = self._trials.pop(number)
+        trial.set_constraint(_FEASIBILITY, float(ending.outcome == "INFEASIBLE"))
+        match ending.outcome:
+            case "COMPLETED":
+                self._study.tell(trial, self._best[number])
+            case "STOPPED" | "INFEASIBLE":
+                self._study.tell(trial, state=TrialState.PRUNED)
+            case _:
+                self._study.tell(trial, state=TrialState.FAIL)
+
+    def _better(self, value: float, best: float) -> float:
+        if math.isnan(best):
+            return value
+        return min(value, best) if self._spec.objective.goal == "minimize" else max(value, best)
+
+    def _last_step(self, trial: optuna.Trial) -> int | None:
+        return self._study._storage.get_trial(trial._trial_id).last_step

@@ -1,0 +1,53 @@
+"""The search as Ray Tune sees it: a Searcher that proposes, a scheduler that stops. Both only pass calls on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from tuner.spec.trial import TrialConfig
+
+
+class NeverPickled:
+    """Tune pickles its searcher and scheduler for a restore of its own; we never do that, and the study holds a URL."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (object, ())
+
+
+class StudySearcher(NeverPickled, Searcher):
+    """Hands out what `ask` proposes as Tune trial configs, and tells `ended` which trial is over."""
+
+    def __init__(self, ask: Callable[[], TrialConfig | None], ended: Callable[[int], None]):
+        super().__init__()
+        self._ask = ask
+        self._ended = ended
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> TrialConfig | str:
+        config = self._ask()
+        if config is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = config["number"]
+        return config
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._ended(self._numbers.pop(trial_id))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the study is the state."""
+
+
+class StudyScheduler(NeverPickled, FIFOScheduler):
+    """Stops a trial when `take`, given its number and a result, returns True."""
+
+    def __init__(self, take: Callable[[int, dict[str, Any]], bool]):
+        super().__init__()
+        self._take = take
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        stop = self._take(trial.config["number"], result)
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
