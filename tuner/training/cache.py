@@ -1,0 +1,62 @@
+"""Make a folder once, whole or not at all, however many processes ask for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+COMPLETE = "complete.json"
+
+
+def make_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Return the summary of the cache entry `folder`, building the entry if it is not there whole.
+
+    `build(temporary_folder)` fills a folder beside `folder` and returns a summary that JSON can hold; it is then
+    renamed into place. Of several processes one builds and the others wait for it. An entry whose files are missing or
+    of the wrong size is built anew; what a killed builder left behind is removed. Raises whatever `build` raises, and
+    then leaves nothing.
+    """
+    summary = read_complete(folder)
+    if summary is not None:
+        return summary
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        summary = read_complete(folder)
+        return summary if summary is not None else _build(folder, build)
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        summary = build(temporary)
+        record = {"summary": summary, "files": _sizes(temporary)}
+        (temporary / COMPLETE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return summary
+
+
+def read_complete(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a whole entry, or None when it is absent, half-written or damaged."""
+    try:
+        record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        return record["summary"] if record["files"] == _sizes(folder) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
