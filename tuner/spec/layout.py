@@ -74,6 +74,11 @@ class SweepFolder:
         return self.path / "sweep.log"
 
     @property
+    def eval_rows(self) -> Path:
+        """The tokenised evaluation set, kept so that a model can be measured again after the cache is gone."""
+        return self.path / "eval"
+
+    @property
     def ray(self) -> Path:
         """Ray Tune's own files; nothing here is ever read back."""
         return self.path / "ray"
@@ -85,4 +90,8 @@ class SweepFolder:
         return self.trial(number) / "trial.log"
 
     def adapter(self, number: int, tokens: int) -> Path:
-        return self.trial(number) / f"tokens-{tokens:012d}"
+        return self.trial(number) / self.adapter_name(tokens)
+
+    @staticmethod
+    def adapter_name(tokens: int) -> str:
+        return f"tokens-{tokens:012d}"

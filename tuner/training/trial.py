@@ -15,7 +15,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tuner.errors import InfeasibleError
-from tuner.spec.trial import Report, TrialConfig
+from tuner.spec.layout import Root
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Report, TrialConfig, milestones
+from tuner.training.baseline import prepare_rows
 from tuner.training.budget import StepPlan, plan_steps
 from tuner.training.evaluation import score
 from tuner.training.model import load_model, load_tokenizer
@@ -39,25 +42,24 @@ _PREPARED_FIELDS = frozenset(
 )
 
 
-def run_trial(
-    config: TrialConfig, train_rows: Path, eval_rows: Path, milestones: list[int], cache: Path, output_dir: Path, emit: Emit
-) -> None:
+def run_trial(spec: SweepSpec, config: TrialConfig, tokens_per_trial: int, output_dir: Path, emit: Emit) -> None:
     """Train one trial to the end of its budget, emitting a report at every milestone.
 
     Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain); an
     out-of-memory error of torch's is left as it is.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = Root(Path(spec.storage.root)).cache
+    prepared = prepare_rows(spec, config["train"])
     trainer = build_trainer(
         config,
-        model=load_model(config["model"], cache, device=device),
+        model=load_model(config["model"], cache, device="cuda" if torch.cuda.is_available() else "cpu"),
         tokenizer=load_tokenizer(config["model"], cache),
-        train_rows=load_from_disk(str(train_rows)),
+        train_rows=load_from_disk(str(prepared.train)),
         output_dir=output_dir,
     )
-    plan = plan_steps(trainer, milestones)
+    plan = plan_steps(trainer, milestones(tokens_per_trial, spec.budget.evals_per_trial))
     trainer.args.max_steps = plan.max_steps
-    trainer.add_callback(ReportAtMilestones(plan, load_from_disk(str(eval_rows)), emit))
+    trainer.add_callback(ReportAtMilestones(plan, load_from_disk(str(prepared.eval)), emit))
     trainer.train()
 
 

@@ -1,0 +1,41 @@
+"""Promotes a trial of a sweep with what the sweep's own records say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from tuner.errors import NotFoundError
+from tuner.promotion.promote import Promotion, promote
+from tuner.results.record import TrialRecord
+from tuner.results.store import Store
+
+
+def promote_trial(
+    store: Store,
+    record: TrialRecord,
+    alias: str | None = None,
+    force: bool = False,
+    push_to_hub: str | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Promotion:
+    """Merge, measure and promote the best report of a trial, and record that. Raises as `promotion.promote` does."""
+    if record.report is None:
+        raise NotFoundError(f"trial {record.number} of sweep {store.spec.name!r} has no finite result to promote")
+    status = store.status()
+    promotion = promote(
+        store.spec,
+        record,  # type: ignore[arg-type]
+        record.report,
+        status.baseline,
+        eval_rows=store.folder.eval_rows,
+        eval_fingerprint=status.data["fingerprints"]["eval"],
+        data_fingerprint=status.data["fingerprints"]["data"],
+        sweep_folder=store.folder,
+        alias=alias,
+        force=force,
+        push_to_hub=push_to_hub,
+        progress=progress,
+    )
+    store.set_promoted({**asdict(promotion), "path": str(promotion.path)})
+    return promotion

@@ -1,0 +1,114 @@
+"""A dedicated trial on Ray: a Tune function that starts a Ray Train `TorchTrainer`, whose workers run the trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray import tune
+
+from tuner.errors import InfeasibleError
+from tuner.execution.logs import log_process_to
+from tuner.search.study import Ending
+from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Report, TrialConfig
+
+LOG_TAIL_LINES = 200
+FAILURE = "failure"
+"""Key of a Tune result that is no evaluation: the trial's `Ending`, as JSON because Tune flattens what is nested."""
+
+
+def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
+    """Tune's function trainable. `job` holds the spec, tokens_per_trial and the workers' resources.
+
+    A trial that fails says so in a last result and ends well: to Tune, an outcome is data, not an error.
+    """
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    folder = _folder(job)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job["workers"], use_gpu="GPU" in job["resources"], resources_per_worker=job["resources"]
+        ),
+        torch_config=TorchConfig(backend="nccl" if "GPU" in job["resources"] else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=folder.trial(config["number"]).name,
+            storage_path=str(folder.trial(config["number"]).parent),
+            callbacks=[TuneReportCallback()],
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        ending = explain(error, folder.trial_log(config["number"]))
+        tune.report({FAILURE: json.dumps(asdict(ending))})
+
+
+def train_worker(loop: dict[str, Any]) -> None:
+    """One Ray Train worker of a trial."""
+    config, job = loop["config"], loop["job"]
+    rank = ray.train.get_context().get_world_rank()
+    log_process_to(_folder(job).trial_log(config["number"]) if rank == 0 else Path(os.devnull))
+    try:
+        import torch
+
+        from tuner.training.trial import run_trial
+
+        torch.set_num_threads(job["threads"])
+        with tempfile.TemporaryDirectory() as output_dir:
+            run_trial(
+                SweepSpec.model_validate(job["spec"]),
+                config,
+                job["tokens_per_trial"],
+                Path(output_dir),
+                lambda report, save: _emit(report, save, rank),
+            )
+    except Exception:
+        traceback.print_exc()  # into the trial's log, whose tail goes into the record
+        raise
+
+
+def _emit(report: Report, save: Callable[[Path], None], rank: int) -> None:
+    """Report to Tune through Ray Train, the adapter attached by rank 0. Every rank must call: it is a barrier."""
+    name = SweepFolder.adapter_name(report.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            save(Path(folder))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(report.as_dict(), checkpoint=checkpoint, checkpoint_dir_name=name)
+
+
+def explain(error: ray.train.TrainingFailedError, log: Path) -> Ending:
+    """Turn what Ray Train raised into an outcome with a cause: only what lies in the point itself is INFEASIBLE."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if log.exists() else None
+    for failure in failures:
+        if isinstance(failure, InfeasibleError):
+            return Ending("INFEASIBLE", failure.cause, str(failure), tail)
+        if _is_out_of_memory(failure):
+            return Ending("INFEASIBLE", "oom", str(failure).splitlines()[0], tail)
+    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
+        return Ending("FAILED", "worker-lost", str(failures[0]).splitlines()[0], tail)
+    return Ending("FAILED", "bug", f"{type(failures[0]).__name__}: {failures[0]}".splitlines()[0], tail)
+
+
+def _is_out_of_memory(failure: Exception) -> bool:
+    return type(failure).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(failure).lower()
+
+
+def _folder(job: dict[str, Any]) -> SweepFolder:
+    spec = job["spec"]
+    return Root(Path(spec["storage"]["root"])).sweep(spec["name"])

@@ -1,0 +1,85 @@
+"""What a sweep needs before its first trial: the data, the budget in tokens, and the untuned base's own score."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+
+from tuner.errors import Problem, SpecError
+from tuner.spec.layout import Root
+from tuner.spec.sweep import SweepSpec
+from tuner.training.dataset import Prepared, eval_max_length, prepare
+from tuner.training.evaluation import score
+from tuner.training.model import load_model, load_tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The facts every trial of the sweep shares."""
+
+    tokens_per_trial: int
+    data: dict[str, Any]
+    """`Prepared.summary`."""
+    baseline: dict[str, float]
+    """`eval_loss` and `mean_token_accuracy` of the base before any training."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prepare_rows(spec: SweepSpec, train: dict[str, Any], progress: Progress | None = None) -> Prepared:
+    """The rows a trial with these `train` settings learns from and is scored on; made once, then found in the cache."""
+    cache = Root(Path(spec.storage.root)).cache
+    tokenizer = load_tokenizer(spec.model.model_dump(), cache)
+    return prepare(spec.data.model_dump(), train, tokenizer, cache, eval_max_length(spec), progress)
+
+
+def prepare_sweep(spec: SweepSpec, progress: Progress) -> Preparation:
+    """Tokenise, convert the budget to tokens, and score the base. The sweep keeps its own copy of the eval set."""
+    root = Root(Path(spec.storage.root))
+    progress("Preparing the data", 0, 0)
+    prepared = prepare_rows(spec, spec.train, progress)
+    tokens = tokens_per_trial(spec, prepared.summary)
+    progress("Loading the base", 0, 0)
+    model = load_model(spec.model.model_dump(), root.cache, "cuda" if torch.cuda.is_available() else "cpu")
+    eval_rows = root.sweep(spec.name).eval_rows
+    shutil.copytree(prepared.eval, eval_rows, dirs_exist_ok=True)
+    progress("Measuring the base", 0, 0)
+    result = score(model, load_from_disk(str(eval_rows)), spec.train.get("per_device_eval_batch_size", 8))
+    return Preparation(tokens, prepared.summary, result.as_dict())
+
+
+def tokens_per_trial(spec: SweepSpec, summary: dict[str, Any]) -> int:
+    """The budget of one trial in trained tokens, however the spec gives it.
+
+    Steps are counted at the spec's own batch size (TRL's where it is searched), packing (none where it is searched) and
+    mean sequence length, so that every trial of the sweep has the same budget. Raises SpecError when that leaves no
+    token per evaluation.
+    """
+    budget = spec.budget
+    if budget.tokens_per_trial is not None:
+        tokens: float = budget.tokens_per_trial
+    elif budget.epochs_per_trial is not None:
+        tokens = budget.epochs_per_trial * summary["train_tokens"]
+    else:
+        assert budget.steps_per_trial is not None
+        rows_per_step = (
+            spec.train.get("per_device_train_batch_size", 8)
+            * spec.train.get("gradient_accumulation_steps", 1)
+            * spec.resources.workers_per_trial
+        )
+        tokens = budget.steps_per_trial * rows_per_step * summary["train_tokens"] / summary["sequences"]
+    if tokens < budget.evals_per_trial:
+        raise SpecError(
+            [Problem("budget", f"{tokens:.0f} tokens", f"at least {budget.evals_per_trial}, one per evaluation")]
+        )
+    return round(tokens)
