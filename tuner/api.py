@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from tuner.errors import NotFoundError, TunerError
 from tuner.results import query
 from tuner.results.ranking import best_trial
-from tuner.results.record import SweepStatus, TrialRecord
+from tuner.results.record import ACTIVE, SweepStatus, TrialRecord
 from tuner.results.store import Store, sweep_names
 from tuner.spec.layout import Root, SweepFolder, default_root
 from tuner.spec.load import load_spec as _load_spec
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
     from tuner.execution.events import Display
     from tuner.promotion.promote import Promotion
+    from tuner.promotion.registry import Version
 
 
 def load_spec(path: str | Path, *overrides: str, root: str | Path | None = None) -> SweepSpec:
@@ -50,13 +55,15 @@ def run(
 
 
 def resume(name: str, root: str | Path | None = None, display: Display | None = None) -> Sweep:
-    """Continue a sweep that was interrupted: finished trials stay, the total is what was asked for."""
+    """Continue a sweep that was cut off: finished trials stay, the total is what was asked for.
+
+    Raises `NotFoundError`, and `TunerError` when the sweep is running or finished.
+    """
     from tuner.execution.sweep import resume_sweep
 
     sweep = open(name, root)
-    sweep.require_idle("resume")
-    resume_sweep(sweep.store, display)
-    return open(name, root)
+    resume_sweep(sweep.folder, display)
+    return sweep
 
 
 def open(name: str, root: str | Path | None = None) -> Sweep:
@@ -84,6 +91,13 @@ def overview(root: str | Path | None = None) -> list[dict[str, Any]]:
         except TunerError as error:
             rows.append({"name": name, **dict.fromkeys(_OVERVIEW), "status": "unreadable", "problem": str(error)})
     return sorted(rows, key=lambda row: (row["created"] is not None, row["created"]), reverse=True)
+
+
+def rollback(alias: str, root: str | Path | None = None) -> tuple[Version, Version]:
+    """Point an alias back at the version before its present one; return (from, to). Raises `NotFoundError`."""
+    from tuner.promotion import registry
+
+    return registry.rollback(_root(root), alias)
 
 
 def _root(root: str | Path | None) -> Root:
@@ -203,17 +217,29 @@ class Sweep:
         """
         from tuner.execution.promote import promote_trial
 
-        self.require_idle("promote")
+        state = self.state()
+        if state.status in ACTIVE:
+            raise TunerError(f"{self.name!r} is {state.status}: it promotes its best trial itself, or cancel it first")
         record = self.best if number is None else self.trial(number)
         if record is None:
             raise NotFoundError(f"sweep {self.name!r} has no best trial: none completed its budget")
         return promote_trial(self.store, record, alias=alias, force=force, push_to_hub=push_to_hub, progress=progress)
 
-    def require_idle(self, verb: str) -> None:
-        """Raise `TunerError` while a driver is at work on the sweep: a store has one writer."""
+    def cancel(self, timeout_s: float = 300) -> None:
+        """Ask the driver, a process on this host, to end cleanly, and wait until it has.
+
+        Raises `TunerError` when the sweep is not running, its driver is elsewhere, or it does not end in time.
+        """
         state = self.state()
-        if state.status in ("preparing", "running"):
-            raise TunerError(
-                f"cannot {verb} {self.name!r}: it is {state.status} (pid {state.pid} on {state.host}); "
-                f"`tuner cancel {self.name}` ends it"
-            )
+        if state.status not in ACTIVE:
+            raise TunerError(f"nothing to cancel: {self.name!r} is {state.status}")
+        if state.host != socket.gethostname() or state.pid is None:
+            raise TunerError(f"{self.name!r} runs on {state.host} (pid {state.pid}): cancel it there")
+        driver = psutil.Process(state.pid)
+        driver.send_signal(signal.SIGINT)
+        try:
+            driver.wait(timeout_s)
+        except psutil.TimeoutExpired:
+            raise TunerError(f"{self.name!r} is still ending after {timeout_s:.0f} s (pid {state.pid})") from None
+        if self.status == "interrupted":
+            self.store.set_status("cancelled", "by tuner cancel")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tuner.results.ranking import best_trial, leaderboard
-from tuner.results.record import SweepStatus, TrialRecord, finite
+from tuner.results.record import SweepStatus, TrialRecord, finite, iso, outcome_counts
 from tuner.results.where import holds, kind, known_key, parse_where
 from tuner.spec.sweep import SweepSpec
 
@@ -70,7 +70,7 @@ def _everything(record: TrialRecord) -> dict[str, Any]:
         for section in ("model", "train", "lora")
         for key, value in (record.config.get(section) or {}).items()
     }
-    times = {name: time.isoformat() if (time := getattr(record, name)) else None for name in ("started", "finished")}
+    times = {name: iso(getattr(record, name)) for name in ("started", "finished")}
     return fixed | row(record) | times
 
 
@@ -133,7 +133,7 @@ def document(
         mean_token_accuracy  float   0 to 1                   | report, which need not be its last;
         tokens               int     trained by then          | null without one
         step                 int     optimizer step           |
-        adapter_path         text    folder of that adapter   |
+        adapter_path         text    its adapter, if kept     |
         duration_s           float   wall seconds, start to end
         tokens_per_s         float   training speed, evaluations excluded
 
@@ -155,6 +155,53 @@ def document(
 def _trial(record: TrialRecord) -> dict[str, Any]:
     head = {"number": record.number, "outcome": record.outcome, "reason": record.reason, "config": record.point}
     return head | {name: getattr(record, name) for name in RESULTS}
+
+
+def status_document(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> dict[str, Any]:
+    """What `tuner status NAME --json` prints.
+
+    sweep, status, message; `trials`: how many by outcome, of `asked`; `objective`, the `best` trial's number and its
+    `score`; `baseline` and `promoted` as objects; elapsed_s; started, heartbeat, finished (ISO 8601, UTC); pid and
+    host of the driver; tokens_per_trial.
+    """
+    best = best_trial(records, spec.objective, status.tokens_per_trial)
+    return finite(
+        {
+            "sweep": status.name,
+            "status": status.status,
+            "message": status.message,
+            "trials": outcome_counts(records),
+            "asked": spec.budget.trials,
+            "objective": spec.objective.metric,
+            "best": best[0].number if best else None,
+            "score": getattr(best[1], spec.objective.metric) if best else None,
+            "baseline": {"eval_loss": None, "mean_token_accuracy": None} | status.baseline,
+            "promoted": status.promoted,
+            "elapsed_s": status.elapsed_s,
+            **{name: iso(getattr(status, name)) for name in ("started", "heartbeat", "finished")},
+            **{name: getattr(status, name) for name in ("pid", "host", "tokens_per_trial")},
+        }
+    )
+
+
+def trial_document(record: TrialRecord) -> dict[str, Any]:
+    """What `tuner show NAME TRIAL --json` prints: the trial as in `document`, then everything else.
+
+    cause, reached (tokens at its last report), started, finished; `full_config`: all it ran with; `reports`: every
+    evaluation with the fields of `Report`; log_tail.
+    """
+    return finite(
+        {
+            **_trial(record),
+            "cause": record.cause,
+            "reached": record.reached,
+            "started": iso(record.started),
+            "finished": iso(record.finished),
+            "full_config": {key: value for key, value in record.config.items() if key not in ("number", "point")},
+            "reports": [report.as_dict() for report in record.reports],
+            "log_tail": record.log_tail,
+        }
+    )
 
 
 def importances(study: optuna.Study) -> tuple[dict[str, float], str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -17,6 +17,10 @@ ACTIVE: tuple[Status, ...] = ("preparing", "running")
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+def iso(time: datetime | None) -> str | None:
+    return time.isoformat(timespec="seconds") if time else None
 
 
 def finite(value: Any) -> Any:
@@ -92,6 +96,13 @@ class TrialRecord:
             seconds += (report.trained_tokens - before) / report.tokens_per_s
             before = report.trained_tokens
         return before / seconds if seconds > 0 else None
+
+
+def outcome_counts(records: Iterable[TrialRecord]) -> dict[str, int]:
+    """Trials by outcome, in a fixed order, without the outcomes that none has."""
+    outcomes = [record.outcome for record in records]
+    order = ("COMPLETED", "STOPPED", "RUNNING", "INFEASIBLE", "FAILED")
+    return {outcome: outcomes.count(outcome) for outcome in order if outcome in outcomes}
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuner.results.ranking import best_trial
-from tuner.results.record import SweepStatus, TrialRecord
+from tuner.results.record import SweepStatus, TrialRecord, outcome_counts
 from tuner.results.text import (
     Column,
     change,
-    compact,
     count,
+    describe,
     duration,
     ending,
     figure,
     leaderboard_columns,
-    outcome_counts,
     scores_text,
 )
-from tuner.spec.space import Choice, Distribution, Int
 from tuner.spec.sweep import SweepSpec
 
 
@@ -65,26 +63,12 @@ def _asked(spec: SweepSpec, status: SweepStatus) -> str:
         f"- search: {spec.search.sampler}, early stopping {spec.stopping.type}",
         f"- baseline (untuned): {scores_text(status.baseline) or 'not measured'}",
     ]
-    rows = [(f"`{key}`", _range(distribution)) for key, distribution in spec.space.items()]
-    space = [Column("searched", [key for key, _ in rows], right=False), Column("range", [text for _, text in rows])]
+    rows = [(f"`{key}`", describe(distribution)) for key, distribution in spec.space.items()]
+    space = [
+        Column("searched", [key for key, _ in rows], right=False),
+        Column("range", [text for _, text in rows], right=False),
+    ]
     return "\n".join(lines) + "\n\n" + _table(space)
-
-
-def _range(distribution: Distribution) -> str:
-    """A distribution in a few words, as the spec's author would say it."""
-    if isinstance(distribution, Choice):
-        text = "one of " + ", ".join(compact(value) for value in distribution.values)
-    else:
-        text = f"{compact(distribution.low)} to {compact(distribution.high)}"
-        text += (
-            " (log)"
-            if distribution.type == "log_uniform" or (isinstance(distribution, Int) and distribution.log)
-            else ""
-        )
-        text += f" in steps of {compact(distribution.step)}" if distribution.step not in (None, 1) else ""
-    for key, values in (distribution.when or {}).items():
-        text += f"; only where `{key}` is {' or '.join(compact(value) for value in values)}"
-    return text
 
 
 def _best(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> str:
@@ -97,7 +81,7 @@ def _best(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) 
     lines = [
         f"Trial {record.number}: {scores_text(report.as_dict())}"
         + (f" ({metric} {versus} against the base)." if versus else "."),
-        f"Scored at {count(report.tokens)} tokens, step {report.step}; adapter `{report.adapter_path}`.",
+        f"Scored at {count(report.tokens)} tokens, step {report.step}; adapter `{report.adapter_path or 'not kept'}`.",
         "\n".join(f"- `{key}`: {value}" for key, value in record.point.items()),
     ]
     return "\n\n".join(lines)

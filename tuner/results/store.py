@@ -54,9 +54,8 @@ class Store:
         The folder is made under another name and renamed when it is complete, so that a reader finds a whole sweep or
         none. Raises `TunerError` when the sweep exists.
         """
+        cls.refuse_existing(spec)
         folder = Root(Path(spec.storage.root)).sweep(spec.name)
-        if folder.path.exists():
-            raise _already_there(folder)
         draft = SweepFolder(folder.path.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
         draft.path.mkdir(parents=True)
         try:
@@ -70,6 +69,13 @@ class Store:
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
         return cls(spec, folder, database_url(spec, folder, "rw"))
+
+    @staticmethod
+    def refuse_existing(spec: SweepSpec) -> None:
+        """Raise `TunerError` when a sweep of that name is there already."""
+        folder = Root(Path(spec.storage.root)).sweep(spec.name)
+        if folder.path.exists():
+            raise _already_there(folder)
 
     @classmethod
     def open(cls, folder: SweepFolder) -> Store:
@@ -173,6 +179,13 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(tables.REPORTS.delete().where(same))
             connection.execute(tables.REPORTS.insert().values({**report.as_dict(), **key, "time": utc_now()}))
+
+    def forget_adapter(self, number: int, tokens: int) -> None:
+        """Record that the adapter of one report is kept no longer."""
+        table = tables.REPORTS
+        this = (table.c.sweep == self.spec.name) & (table.c.trial == number) & (table.c.tokens == tokens)
+        with self._engine.begin() as connection:
+            connection.execute(table.update().where(this).values(adapter_path=None))
 
     def reports(self, number: int | None = None) -> list[dict[str, Any]]:
         """Every report of one trial, or of all, as {trial, tokens, ..., time}, in order of trial and tokens."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tuner.results.ranking import best_trial, leaderboard
 from tuner.results.record import SweepStatus, TrialRecord
+from tuner.spec.space import Choice, Distribution, Int
 from tuner.spec.sweep import SweepSpec
 
 _SHORT = {
@@ -39,7 +40,7 @@ class Column:
 def fit(columns: Sequence[Column], width: int, gap: int = 2) -> tuple[list[Column], list[Column]]:
     """The columns that find room side by side in `width` characters, and those that were dropped for it."""
     kept = list(columns)
-    while sum(column.width + gap for column in kept) > width and any(column.drop for column in kept):
+    while sum(column.width + gap for column in kept) - gap > width and any(column.drop for column in kept):
         kept.remove(max(kept, key=lambda column: (column.drop, kept.index(column))))
     return kept, [column for column in columns if column not in kept]
 
@@ -64,6 +65,23 @@ def compact(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def describe(distribution: Distribution) -> str:
+    """A distribution in a few words, as the spec's author would say it."""
+    if isinstance(distribution, Choice):
+        text = "one of " + ", ".join(compact(value) for value in distribution.values)
+    else:
+        text = f"{compact(distribution.low)} to {compact(distribution.high)}"
+        text += (
+            " (log)"
+            if distribution.type == "log_uniform" or (isinstance(distribution, Int) and distribution.log)
+            else ""
+        )
+        text += f" in steps of {compact(distribution.step)}" if distribution.step not in (None, 1) else ""
+    for key, values in (distribution.when or {}).items():
+        text += f"; only where `{key}` is {' or '.join(compact(value) for value in values)}"
+    return text
 
 
 def point_text(point: dict[str, Any]) -> str:
@@ -96,13 +114,6 @@ def scores_text(scores: dict[str, Any]) -> str:
     """`eval_loss 2.7123, accuracy 0.4512`, of what there is."""
     names = {"eval_loss": "eval_loss", "mean_token_accuracy": "accuracy"}
     return ", ".join(f"{name} {figure(scores[key])}" for key, name in names.items() if scores.get(key) is not None)
-
-
-def outcome_counts(records: Iterable[TrialRecord]) -> dict[str, int]:
-    """Trials by outcome, in a fixed order, without the outcomes that none has."""
-    outcomes = [record.outcome for record in records]
-    order = ("COMPLETED", "STOPPED", "RUNNING", "INFEASIBLE", "FAILED")
-    return {outcome: outcomes.count(outcome) for outcome in order if outcome in outcomes}
 
 
 def ending(record: TrialRecord) -> str:

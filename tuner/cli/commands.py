@@ -1,0 +1,347 @@
+"""The `tuner` command: parse, call, print. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tuner.errors import TunerError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tuner.api import Sweep
+    from tuner.spec.sweep import SweepSpec
+
+EXIT_INTERRUPTED = 130
+
+
+class Format(StrEnum):
+    """What `tuner results` exports to."""
+
+    csv = "csv"
+    parquet = "parquet"
+
+
+class Commands(TyperGroup):
+    """The border where errors meet the user: a sentence and an exit code for ours, a traceback for all others."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TunerError as error:
+            typer.echo(f"tuner: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)  # in the order a sweep goes through them, not the alphabet's
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+RootOption = Annotated[
+    Path | None, typer.Option("--root", metavar="DIR", help="Folder of all sweeps (or set TUNER_ROOT). [runs]")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a key of the spec.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors and the results.")]
+SweepName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")]
+SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's YAML file.")]
+
+
+@app.command()
+def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
+    """Say everything that is wrong with a spec, or what it asks for. Trains nothing."""
+    from tuner.spec.load import check_file
+
+    spec, problems = check_file(file, set_ or [], root)
+    if as_json:
+        found = [dict(vars(problem)) for problem in problems]
+        _print_json({"valid": spec is not None, "problems": found, "spec": spec and spec.model_dump(mode="json")})
+    elif spec is None:
+        from tuner.errors import SpecError
+
+        raise SpecError(problems, str(file))
+    else:
+        from tuner.cli.screens import show_spec
+
+        show_spec(spec)
+        typer.echo(f"tuner run {file}" + "".join(f" --set {override}" for override in set_ or []) + _root(root))
+    raise typer.Exit(0 if spec else 2)
+
+
+@app.command()
+def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: QuietOption = False) -> None:
+    """Search, train, compare and promote, on this machine."""
+    from tuner import api
+    from tuner.cli.live import watching
+
+    spec = api.load_spec(file, *(set_ or []), root=root)
+    with _resumable(spec, root), watching(spec, quiet) as display:
+        sweep = api.run(spec, display=display)
+    raise typer.Exit(_print_end(sweep, root))
+
+
+@app.command()
+def resume(name: SweepName, root: RootOption = None, quiet: QuietOption = False) -> None:
+    """Continue a sweep that was interrupted; finished trials are not run again."""
+    from tuner import api
+    from tuner.cli.live import watching
+
+    before = api.open(name, root)
+    with _resumable(before.spec, root), watching(before.spec, quiet, before.records()) as display:
+        sweep = api.resume(name, root, display)
+    raise typer.Exit(_print_end(sweep, root))
+
+
+@app.command("ls")
+def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
+    """List the sweeps, newest first."""
+    from tuner.api import overview
+    from tuner.cli.screens import show_overview
+    from tuner.results.record import finite, iso
+
+    rows = overview(root)
+    if as_json:
+        _print_json([finite(row | {"created": iso(row["created"])}) for row in rows])
+    elif rows:
+        show_overview(rows)
+        typer.echo(f"tuner status {rows[0]['name']}" + _root(root))
+    else:
+        typer.echo("no sweeps yet")
+        typer.echo("tuner run FILE" + _root(root))
+
+
+@app.command()
+def status(name: SweepName, root: RootOption = None, as_json: JsonOption = False) -> None:
+    """Show how a sweep stands, on one screen."""
+    from tuner.api import open
+    from tuner.cli.screens import show_status
+    from tuner.results.query import status_document
+
+    sweep = open(name, root)
+    state, records = sweep.state(), sweep.records()
+    if as_json:
+        _print_json(status_document(sweep.spec, state, records))
+    else:
+        show_status(sweep.spec, state, records)
+        resumable = state.status in ("queued", "interrupted", "cancelled")
+        typer.echo(f"tuner {'resume' if resumable else 'results'} {name}" + _root(root))
+
+
+@app.command()
+def results(
+    name: SweepName,
+    as_json: JsonOption = False,
+    format: Annotated[Format | None, typer.Option("--format", help="Print a table in this format.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    sort: Annotated[str | None, typer.Option(help="Order by KEY, by -KEY descending. [best first]")] = None,
+    where: Annotated[
+        str | None, typer.Option(help='Only trials with, say, "lora.r>=16 and outcome==COMPLETED".')
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="At most so many trials.")] = None,
+    root: RootOption = None,
+) -> None:
+    """Show the leaderboard, the untuned base first; or every trial as JSON, CSV or Parquet."""
+    from tuner.api import open
+
+    sweep = open(name, root)
+    if as_json and format:
+        raise typer.BadParameter("--json and --format exclude each other")
+    if as_json:
+        _deliver(_json(sweep.results(where, sort, top)) + "\n", output)
+    elif format:
+        _export(sweep.trials(where, sort, top), format, output)
+    elif output:
+        raise typer.BadParameter("--output goes with --json or --format")
+    else:
+        from tuner.cli.screens import show_endings, show_leaderboard
+        from tuner.results.query import select
+
+        records = sweep.records()
+        shown = select(records, sweep.spec, where, sort, top)
+        show_leaderboard(sweep.spec, sweep.state(), records, shown)
+        show_endings(shown)
+        typer.echo(f"tuner show {name}" + _root(root))
+
+
+@app.command()
+def show(
+    name: SweepName,
+    trial: Annotated[int | None, typer.Argument(metavar="[TRIAL]", help="Number of the trial. [the best]")] = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one trial: its whole configuration, every evaluation, why it ended and the end of its log."""
+    from tuner.api import open
+    from tuner.cli.screens import show_trial
+    from tuner.errors import NotFoundError
+    from tuner.results.query import trial_document
+
+    sweep = open(name, root)
+    record = sweep.best if trial is None else sweep.trial(trial)
+    if record is None:
+        raise NotFoundError(f"sweep {name!r} has no best trial yet; `tuner show {name} TRIAL` shows any other")
+    if as_json:
+        _print_json(trial_document(record))
+    else:
+        show_trial(record)
+        typer.echo(f"tuner promote {name} {record.number}" + _root(root))
+
+
+@app.command()
+def report(
+    name: SweepName,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the whole sweep as a Markdown page."""
+    from tuner.api import open
+
+    sweep = open(name, root)
+    page = sweep.report()
+    _deliver(_json({"sweep": name, "markdown": page}) + "\n" if as_json else page, output)
+
+
+@app.command()
+def cancel(name: SweepName, root: RootOption = None) -> None:
+    """End a running sweep cleanly; `tuner resume` continues it."""
+    from tuner.api import open
+    from tuner.results.record import ACTIVE
+
+    sweep = open(name, root)
+    if sweep.status in ACTIVE:
+        typer.echo(f"asking the driver of {name} to end, and waiting", err=True)
+    sweep.cancel()
+    typer.echo(f"{name} is {sweep.status}")
+    typer.echo(f"tuner resume {name}" + _root(root))
+
+
+@app.command()
+def promote(
+    name: SweepName,
+    trial: Annotated[int | None, typer.Argument(metavar="[TRIAL]", help="Number of the trial. [the best]")] = None,
+    alias: Annotated[str | None, typer.Option(help="Name the model gets. [the spec's]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if the gate says no, and record that.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it there, too.")] = None,
+    root: RootOption = None,
+) -> None:
+    """Merge a trial's adapter into its base, measure the result, and promote it if it is better."""
+    from dataclasses import asdict
+
+    from tuner.api import open
+    from tuner.cli.screens import show_promoted
+
+    sweep = open(name, root)
+    done = sweep.promote(trial, alias, force, push_to_hub, progress=lambda step: typer.echo(step, err=True))
+    show_promoted(asdict(done))
+    typer.echo(f"tuner rollback {done.alias}" + _root(root))
+
+
+@app.command()
+def rollback(
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the promoted model.")], root: RootOption = None
+) -> None:
+    """Point an alias back at the version before."""
+    from tuner import api
+
+    before, now = api.rollback(alias, root)
+    typer.echo(f"{alias}: {before.name} -> {now.name}, {now.path}")
+    typer.echo("tuner ls" + _root(root))
+
+
+def main() -> None:
+    """Run the command line of this process; exits."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal gets ? for what it lacks
+    app()
+
+
+@contextmanager
+def _resumable(spec: SweepSpec, root: Path | None) -> Iterator[None]:
+    """Say, as the last line after an interrupt, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say_how_to_resume(spec.name, root)
+        raise
+
+
+def _say_how_to_resume(name: str, root: Path | None) -> None:
+    typer.echo("interrupted; finished trials are kept", err=True)
+    typer.echo(f"tuner resume {name}" + _root(root), err=True)
+
+
+def _print_end(sweep: Sweep, root: Path | None) -> int:
+    """Print what came out of a sweep and return the exit code."""
+    from tuner.cli.screens import show_best, show_endings, show_leaderboard, show_promoted
+
+    state, records = sweep.state(), sweep.records()
+    show_leaderboard(sweep.spec, state, records)
+    show_endings(records)
+    show_best(sweep.spec, state, records)
+    show_promoted(state.promoted)
+    if state.status in ("interrupted", "cancelled"):
+        _say_how_to_resume(sweep.name, root)
+        return EXIT_INTERRUPTED
+    if state.status != "finished":
+        typer.echo(f"tuner: {state.message or 'no trial succeeded'}", err=True)
+    number = "" if sweep.best or not records else f" {records[0].number}"
+    typer.echo(f"tuner show {sweep.name}{number}" + _root(root))
+    return 0 if state.status == "finished" else 1
+
+
+def _root(root: Path | None) -> str:
+    """What the next command needs to look at the same root."""
+    return f" --root {shlex.quote(str(root))}" if root else ""
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(_json(document))
+
+
+def _deliver(text: str, output: Path | None) -> None:
+    """To a file, or to stdout."""
+    if output:
+        output.write_text(text, encoding="utf-8")
+        typer.echo(f"wrote {output}", err=True)
+    else:
+        typer.echo(text, nl=False)
+
+
+def _export(frame: pd.DataFrame, format: Format, output: Path | None) -> None:
+    """A frame to a file, or to stdout; Parquet is binary and never goes to a terminal."""
+    from tuner.results.query import write_frame
+
+    if output:
+        write_frame(frame, format.value, output)
+        typer.echo(f"wrote {output}", err=True)
+    elif format is Format.parquet and sys.stdout.isatty():
+        raise typer.BadParameter("parquet is binary: give --output FILE, or redirect")
+    else:
+        buffer = io.BytesIO()
+        write_frame(frame, format.value, buffer)
+        typer.echo(buffer.getvalue(), nl=False)
