@@ -68,7 +68,10 @@ def test_every_sampler_runs_the_number_of_trials_asked_for_and_leaves_none_runni
 
 
 def test_a_grid_is_tried_once_each(tmp_path):
-    space = {"lora.r": {"type": "choice", "values": [4, 8]}, "lora.lora_dropout": {"type": "uniform", "low": 0.0, "high": 0.2, "step": 0.1}}
+    space = {
+        "lora.r": {"type": "choice", "values": [4, 8]},
+        "lora.lora_dropout": {"type": "uniform", "low": 0.0, "high": 0.2, "step": 0.1},
+    }
     spec = spec_with(tmp_path, trials=6, space=space, search={"sampler": "grid"})
     points = [tuple(c["point"].values()) for c, _ in run(Search(spec, study_for(spec), BUDGET), lambda c, t: 1.0)]
     assert sorted((r, round(d, 6)) for r, d in points) == [(r, d) for r in (4, 8) for d in (0.0, 0.1, 0.2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def ray_cluster() -> Iterator[Mapping[str, float]]:
         address=address or "local",
         include_dashboard=None if address else True,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         if not context.dashboard_url:
@@ -68,13 +69,12 @@ def refuse_what_would_hang(address: str | None, running: set[str]) -> None:
         raise MachineError('Ray is installed without its dashboard: pip install "ray[default,tune,train]"')
     if address is None and running:
         raise MachineError(
-            f"a Ray cluster runs on this host already, at {', '.join(sorted(running))}, and two would block each other: "
-            "use it (RAY_ADDRESS=auto) or stop it (ray stop)"
+            f"a Ray cluster runs on this host already, at {', '.join(sorted(running))}, and two block each other: use it "
+            " (RAY_ADDRESS=auto) or stop it (ray stop)"
         )
     if len(running) > 1:
-        raise MachineError(
-            f"{len(running)} Ray clusters run on this host and block each other: {', '.join(sorted(running))}"
-        )
+        addresses = ", ".join(sorted(running))
+        raise MachineError(f"{len(running)} Ray clusters run on this host and block each other: {addresses}")
 
 
 @dataclass(frozen=True)

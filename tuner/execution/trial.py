@@ -45,7 +45,7 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
         run_config=ray.train.RunConfig(
             name=folder.trial(config["number"]).name,
             storage_path=str(folder.trial(config["number"]).parent),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
     )

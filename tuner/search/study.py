@@ -47,7 +47,9 @@ class Search:
         trials = study.get_trials(deepcopy=False)
         study.sampler = make_sampler(spec.search, spec.space, told=len(trials))
         study.pruner = make_pruner(spec, milestones(tokens_per_trial, spec.budget.evals_per_trial))
-        self._unfinished = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self._unfinished = [
+            optuna.Trial(study, trial._trial_id) for trial in trials if trial.state == TrialState.RUNNING
+        ]
         self._trials: dict[int, optuna.Trial] = {}
         self._best: dict[int, float] = {}
         self._endings: dict[int, Ending] = {}
@@ -62,10 +64,7 @@ class Search:
         if self.remaining <= 0:
             return None
         self.remaining -= 1
-        if self._unfinished:
-            trial = optuna.Trial(self._study, self._unfinished.pop(0)._trial_id)
-        else:
-            trial = self._study.ask()
+        trial = self._unfinished.pop(0) if self._unfinished else self._study.ask()
         point: dict[str, object] = {}
         for key in in_order(self._spec.space):  # a trial asked before gets the values it was given then
             if is_active(self._spec.space[key], point):

@@ -27,7 +27,7 @@ class StudySearcher(NeverPickled, Searcher):
         self._ended = ended
         self._numbers: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> TrialConfig | str:
+    def suggest(self, trial_id: str) -> Any:
         config = self._ask()
         if config is None:
             return Searcher.FINISHED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from tuner.errors import InfeasibleError
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
     from trl import SFTTrainer
 
 
@@ -56,7 +55,8 @@ def plan_steps(trainer: SFTTrainer, milestones: list[int]) -> StepPlan:
 def _tokens_of_steps(trainer: SFTTrainer) -> Iterator[int]:
     """Tokens of each optimizer step, over all ranks, epoch after epoch without end."""
     accumulation = trainer.args.gradient_accumulation_steps
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    rows: Any = trainer.train_dataset
+    lengths = [len(ids) for ids in rows["input_ids"]]
     with torch.random.fork_rng():
         loader = trainer.get_train_dataloader()
     epoch = 0
@@ -67,9 +67,9 @@ def _tokens_of_steps(trainer: SFTTrainer) -> Iterator[int]:
         epoch += 1
 
 
-def _batches_of_epoch(loader: DataLoader, epoch: int) -> Iterator[list[int]]:
-    """Row numbers of this rank's batches, in the order `Trainer._run_epoch` will draw them."""
-    loader.set_epoch(epoch)  # accelerate's loader
+def _batches_of_epoch(loader: Any, epoch: int) -> Iterator[list[int]]:
+    """Row numbers of this rank's batches, in the order `Trainer._run_epoch` will draw them from accelerate's loader."""
+    loader.set_epoch(epoch)
     return iter(loader.batch_sampler)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -111,7 +111,7 @@ def _collate(rows: Dataset, indices: list[int], counted: bool) -> dict[str, torc
 
 
 @contextmanager
-def _fused_lm_head(model: nn.Module) -> Iterator[None]:
+def _fused_lm_head(model: Any) -> Iterator[None]:
     """Give the model's language-model head a fused form while scoring, and its own back afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = base.forward

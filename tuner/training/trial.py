@@ -127,7 +127,8 @@ class ReportAtMilestones(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = state.global_step in self._plan.evaluations
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], model: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs, model = kwargs["logs"], kwargs["model"]
         if "loss" not in logs:  # the summary at the end of training
             return
         milestone, trained_tokens = self._plan.evaluations[state.global_step]
