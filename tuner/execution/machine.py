@@ -69,8 +69,8 @@ def refuse_what_would_hang(address: str | None, running: set[str]) -> None:
         raise MachineError('Ray is installed without its dashboard: pip install "ray[default,tune,train]"')
     if address is None and running:
         raise MachineError(
-            f"a Ray cluster runs on this host already, at {', '.join(sorted(running))}, and two block each other: use it "
-            " (RAY_ADDRESS=auto) or stop it (ray stop)"
+            f"a Ray cluster runs on this host already, at {', '.join(sorted(running))}, and two block each other: "
+            "use it (RAY_ADDRESS=auto) or stop it (ray stop)"
         )
     if len(running) > 1:
         addresses = ", ".join(sorted(running))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def make_sampler(search: SearchSpec, space: dict[str, Distribution], told: int) -> BaseSampler:
-    """The sampler of `search.sampler`; `told` is how many trials the study has, so that none is repeated on resuming."""
+    """The sampler of `search.sampler`; `told` is how many trials the study has, so that none is repeated."""
     seed = search.seed + told
     startup = search.startup_trials
     match search.sampler:
