@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tuner.errors import PromotionRefused
 
@@ -77,15 +77,13 @@ def check_full_model(folder: Path, base: PretrainedConfig) -> dict[str, Any]:
     Whether every weight is there shows when it is loaded: `transformers` knows how names in files map to modules.
     Raises `PromotionRefused` as `check_adapter` does.
     """
-    if not (folder / MODEL_CONFIG).is_file():
-        raise PromotionRefused([f"{folder} holds no {MODEL_CONFIG}"])
+    config = _read_json(folder / MODEL_CONFIG)
     stored, problems = _stored_tensors(_model_files(folder))
     _refuse_if(problems)
     if not stored:
         raise PromotionRefused([f"{folder} holds no tensors"])
-    config = AutoConfig.from_pretrained(folder)
     for field in ("model_type", "hidden_size", "num_hidden_layers"):
-        ours, theirs = getattr(config, field, None), getattr(base, field, None)
+        ours, theirs = config.get(field), getattr(base, field, None)
         if ours != theirs:
             problems.append(f"the checkpoint's {field} is {ours}, the base's is {theirs}")
     problems += [f"{name} holds values that are not finite" for name, tensor in stored.items() if not tensor.finite]
@@ -102,16 +100,22 @@ def _refuse_if(problems: list[str]) -> None:
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise PromotionRefused([f"{folder / ADAPTER_CONFIG} does not describe a LoRA adapter"])
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise PromotionRefused([f"{folder} holds no {ADAPTER_CONFIG}"])
+        raise PromotionRefused([f"{path.parent} holds no {path.name}"])
     try:  # a border: the file comes from a process that may have died writing it
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PromotionRefused([f"{path} is not JSON: {error}"]) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise PromotionRefused([f"{path} does not describe a LoRA adapter"])
-    return config
+    if not isinstance(content, dict):
+        raise PromotionRefused([f"{path} is not a JSON object"])
+    return content
 
 
 def _names_another_base(config: dict[str, Any], base_name: str | None) -> list[str]:
@@ -128,8 +132,7 @@ def _model_files(folder: Path) -> list[Path]:
     """The weight files of a saved model, one or several."""
     if not (folder / MODEL_INDEX).is_file():
         return [folder / MODEL_WEIGHTS]
-    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return [folder / name for name in sorted(set(_read_json(folder / MODEL_INDEX)["weight_map"].values()))]
 
 
 def _stored_tensors(paths: list[Path]) -> tuple[dict[str, Stored], list[str]]:

@@ -43,6 +43,8 @@ def main(job_file: str, result_file: str) -> None:
         result = run(job, lambda step: print(step, file=steps))
     except PromotionRefused as refusal:
         result = {"refused": refusal.reasons}
+    finally:
+        _clear_if_orphaned(job)
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -92,13 +94,14 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
 def merge(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the base with the adapter merged in, rounded to `dtype` once.
 
-    Each adapted layer is added up in float32, layer by layer: PEFT alone would round the product and then the sum.
+    Each adapted layer is added up in float32, layer by layer: PEFT alone would round the product and then the sum. What
+    is not finite stays so, for the measurement to find.
     """
     adapted = PeftModel.from_pretrained(base, adapter)
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer):
             inner = layer.get_base_layer().float()
-            layer.merge(safe_merge=True)
+            layer.merge()
             inner.to(dtype)
     return adapted.merge_and_unload().to(dtype)
 
@@ -175,11 +178,16 @@ def _measure_incumbent(
 
 
 def _end_with_parent(job: MergeJob) -> None:
-    """When who asked is gone, nobody will take the result: remove what was written and end."""
     while os.getppid() == job.parent:
         time.sleep(0.5)
-    shutil.rmtree(job.output, ignore_errors=True)
+    _clear_if_orphaned(job)
     os._exit(1)
+
+
+def _clear_if_orphaned(job: MergeJob) -> None:
+    """When who asked is gone, nobody will take the result: remove what was written."""
+    if os.getppid() != job.parent:
+        shutil.rmtree(job.output, ignore_errors=True)
 
 
 if __name__ == "__main__":

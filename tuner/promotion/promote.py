@@ -146,6 +146,8 @@ def promote(
 def _checkpoint(record: Trial, report: Report) -> str:
     if report.adapter_path is None or not Path(report.adapter_path).is_dir():
         raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"])
+    if not report.is_finite():
+        raise PromotionRefused([f"trial {record.number} scored {_figures(report.as_dict())}, which is not finite"])
     return report.adapter_path
 
 
