@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tuner.errors import Problem
+from tuner.spec.checks.clashes import check_clashes
+from tuner.spec.checks.data import check_data
+from tuner.spec.checks.fields import check_fields
 from tuner.spec.checks.paths import check_paths, make_absolute
+from tuner.spec.checks.plan import check_plan
 from tuner.spec.checks.shape import check_shape
+from tuner.spec.checks.space import check_space
 from tuner.spec.checks.words import show
-from tuner.spec.sweep import GOAL_OF_METRIC, SweepSpec
+from tuner.spec.defaults import fill_defaults
+from tuner.spec.sweep import SweepSpec
 
 
 def check_values(values: Any, base: Path, root: Path | None = None) -> tuple[SweepSpec | None, list[Problem]]:
@@ -21,34 +26,31 @@ def check_values(values: Any, base: Path, root: Path | None = None) -> tuple[Swe
     """
     if not isinstance(values, Mapping):
         return None, [Problem("the spec", show(values), "sections, such as name, model, data, space and budget")]
-    spec, problems = check_shape(_with_goal(values))
+    spec, problems = check_shape(fill_defaults(values))
     if spec is not None:
         spec = make_absolute(spec, base, root)
         told = [problem.key for problem in problems]
-        for problem in _beyond_shape(spec):
-            if not any(_touch(problem.key, key) for key in told):
-                problems.append(problem)
+        found = [problem for check in CHECKS for problem in check(spec)]
+        found = [problem for problem in found if not problem.key.endswith(_left_out(values, spec))]
+        problems += [problem for problem in found if not any(_touch(problem.key, key) for key in told)]
     if problems:
         return None, sorted(problems, key=_section)
     return spec, []
 
 
-def _beyond_shape(spec: SweepSpec) -> list[Problem]:
-    return [*check_paths(spec)]
+CHECKS = (check_paths, check_data, check_fields, check_space, check_plan, check_clashes)
+"""Each takes a spec of the right shape and returns what is wrong with it."""
 
 
-def _with_goal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with objective.goal following the metric where it is not written."""
-    filled = copy.deepcopy(dict(values))
-    objective = filled.get("objective")
-    if isinstance(objective, dict) and (metric := objective.get("metric")) in list(GOAL_OF_METRIC):
-        objective.setdefault("goal", GOAL_OF_METRIC[metric])
-    return filled
+def _left_out(values: Mapping[str, Any], spec: SweepSpec) -> tuple[str, ...]:
+    """Ends of the keys that look at a searched key which had to be left out: conditions and enqueued points."""
+    space = values.get("space")
+    return tuple(f".{key}" for key in space if key not in spec.space) if isinstance(space, Mapping) else ()
 
 
 def _touch(key: str, told: str) -> bool:
     """Whether one key lies within the other: the second problem is then likely a consequence of the first."""
-    return key == told or key.startswith(f"{told}.") or told.startswith(f"{key}.")
+    return key == told or key.startswith((f"{told}.", f"{told}[")) or told.startswith((f"{key}.", f"{key}["))
 
 
 def _section(problem: Problem) -> int:

@@ -52,6 +52,8 @@ def parse_spec(values: Mapping[str, Any], base: str | Path, root: str | Path | N
 def dump_spec(spec: SweepSpec) -> str:
     """Return the YAML that loads as this spec, with every default written out."""
     values = spec.model_dump()
+    # A key stands in its section or in the space, never in both.
+    values["model"] = {name: value for name, value in values["model"].items() if f"model.{name}" not in spec.space}
     values["space"] = {key: distribution.model_dump(exclude_none=True) for key, distribution in spec.space.items()}
     return write_yaml(values)
 

@@ -30,6 +30,7 @@ _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _CONSTANTS |= {"Null": None, "NULL": None, "True": True, "TRUE": True, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[-+]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -74,18 +75,20 @@ class _Reader:
             return value
         if depth > MAX_DEPTH:
             raise self.error(event, f"values nested over {MAX_DEPTH} deep", "a flatter spec")
-        if getattr(event, "tag", None) is not None:
-            raise self.error(event, f"the tag {event.tag}", "values without tags")
+        if tag := getattr(event, "tag", None):
+            raise self.error(event, f"the tag {tag}", "values without tags")
         before = self.count
         self.grow(event, 1)
         if isinstance(event, ScalarEvent):
+            if _HALF_CHARACTER.search(event.value):
+                raise self.error(event, "half a character", "whole Unicode characters")
             value = read_scalar(event.value) if event.style is None else event.value
         elif isinstance(event, SequenceStartEvent):
             value = self.sequence(depth)
         else:
             value = self.mapping(depth)
-        if getattr(event, "anchor", None):
-            self.anchors[event.anchor] = (value, self.count - before)
+        if anchor := getattr(event, "anchor", None):
+            self.anchors[anchor] = (value, self.count - before)
         return value
 
     def sequence(self, depth: int) -> list[Any]:

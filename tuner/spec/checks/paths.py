@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
 
 from tuner.errors import Problem
-from tuner.spec.checks.words import nearest, show
-from tuner.spec.sweep import SweepSpec
+from tuner.spec.checks.words import any_of, nearest, show
+from tuner.spec.sweep import ModelSpec, SweepSpec
 
+PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|ya?ml|jinja2?|gguf|safetensors|bin|pt|gz|zst|zip)$", re.I)
+_FILE = re.compile(
+    r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|feather|txt|ya?ml|jinja2?|gguf|safetensors|bin|pt|gz|zst|zip)$", re.I
+)
 
 
 def is_hub_id(text: str) -> bool:
@@ -25,7 +29,7 @@ def make_absolute(spec: SweepSpec, base: Path, root: Path | None) -> SweepSpec:
     The storage root is `root`, else TUNER_ROOT, else what the spec says.
     """
     model, data, storage = spec.model, spec.data, spec.storage
-    if not model.name.startswith("package:"):
+    if not model.name.startswith(PACKAGE):
         model = model.model_copy(update={"name": _absolute(model.name, base)})
     data = data.model_copy(
         update={"path": _absolute(data.path, base), "eval_path": data.eval_path and _absolute(data.eval_path, base)}
@@ -33,14 +37,14 @@ def make_absolute(spec: SweepSpec, base: Path, root: Path | None) -> SweepSpec:
     train = dict(spec.train)
     if isinstance(template := train.get("chat_template_path"), str):
         train["chat_template_path"] = _absolute(template, base)
-    folder = Path(root or os.environ.get("TUNER_ROOT") or storage.root).expanduser()
-    storage = storage.model_copy(update={"root": str(folder.absolute()), "study": _absolute_study(storage.study)})
+    folder = os.path.abspath(os.path.expanduser(root or os.environ.get("TUNER_ROOT") or storage.root))
+    storage = storage.model_copy(update={"root": folder, "study": _absolute_study(storage.study)})
     return spec.model_copy(update={"model": model, "data": data, "train": train, "storage": storage})
 
 
 def _absolute(text: str, base: Path) -> str:
-    path = Path(os.path.normpath(base / Path(text).expanduser()))
-    return text if is_hub_id(text) and not path.exists() else str(path)
+    path = os.path.normpath(base / os.path.expanduser(text))
+    return text if is_hub_id(text) and not os.path.exists(path) else path
 
 
 def _absolute_study(url: str | None) -> str | None:
@@ -54,7 +58,8 @@ def check_paths(spec: SweepSpec) -> list[Problem]:
     """Find every path of the spec that is not there."""
     places = {"model.name": spec.model.name, "data.path": spec.data.path, "data.eval_path": spec.data.eval_path}
     places["train.chat_template_path"] = spec.train.get("chat_template_path")
-    return [_missing(key, place) for key, place in places.items() if isinstance(place, str) and _is_missing(place)]
+    missing = [_missing(key, place) for key, place in places.items() if isinstance(place, str) and _is_missing(place)]
+    return [*missing, *_check_model(spec.model), *_check_study(spec.storage.study)]
 
 
 def _is_missing(place: str) -> bool:
@@ -63,5 +68,46 @@ def _is_missing(place: str) -> bool:
 
 def _missing(key: str, place: str) -> Problem:
     path = Path(place)
-    siblings = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    siblings = sorted(os.listdir(path.parent)) if os.path.isdir(path.parent) else []
     return Problem(key, show(place), "a path that exists, or a hub id", nearest(path.name, siblings))
+
+
+def _check_model(model: ModelSpec) -> list[Problem]:
+    folder = Path(model.name)
+    if model.name.startswith(PACKAGE):
+        name = model.name.removeprefix(PACKAGE)
+        package = importlib.util.find_spec(name) if re.fullmatch(r"[A-Za-z]\w*", name) else None
+        if package is None or not package.submodule_search_locations:
+            return [Problem("model.name", show(model.name), f"an installed package (pip install {name})")]
+        folder = Path(package.submodule_search_locations[0])
+    elif os.path.isabs(folder) and os.path.isfile(folder):
+        return [Problem("model.name", show(model.name), "a folder; a GGUF file in it goes to model.gguf_file")]
+    if not (os.path.isabs(folder) and os.path.isdir(folder)):
+        return []
+    if model.gguf_file is None:
+        if (folder / "config.json").is_file():
+            return []
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        if files:
+            return [Problem("model.gguf_file", "nothing", f"{any_of(files)}, since {folder.name} has no config.json")]
+        return [Problem("model.name", show(model.name), "a folder with a config.json, or with a GGUF file")]
+    if os.path.isfile(folder / model.gguf_file):
+        return []
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    allowed = any_of(files) if files else "a file in the model's folder, which holds no GGUF file"
+    return [Problem("model.gguf_file", show(model.gguf_file), allowed, nearest(model.gguf_file, files))]
+
+
+def _check_study(url: str | None) -> list[Problem]:
+    if url is None:
+        return []
+    example = "postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"
+    if not re.match(r"[a-z][a-z0-9]*(\+[a-z0-9]+)?://|\$\{", url):
+        return [Problem("storage.study", show(url), f"an SQLAlchemy URL, such as {example}, or null")]
+    password = re.match(r"[^/]+://[^/@]*:([^/]*)@", url)
+    if password and not re.fullmatch(r"\$\{\w+\}", password[1]):
+        # The spec is copied into the sweep's folder: what stands in it is no secret.
+        return [
+            Problem("storage.study", "a URL with a password in it", f"the password as a variable, such as {example}")
+        ]
+    return []

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 WIDTH = 60
+LISTED = 16
 
 
 def show(value: Any) -> str:
@@ -26,15 +27,19 @@ def show(value: Any) -> str:
 
 
 def any_of(options: Iterable[Any]) -> str:
-    """Return `a, b or c`."""
+    """Return `a, b or c`; of a long list the beginning."""
     words = [option if isinstance(option, str) else show(option) for option in options]
+    if len(words) > LISTED:
+        words = [*words[:LISTED], f"{len(words) - LISTED} more"]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def nearest(word: Any, options: Iterable[str]) -> str | None:
     """Return the option that a misspelt word most likely meant, or None where nothing is close."""
     by_folded = {_fold(option): option for option in options}
-    close = difflib.get_close_matches(_fold(str(word)), by_folded, n=1, cutoff=0.7)
+    folded = _fold(str(word))
+    longer = [option for option in by_folded if len(folded) > 2 and option.startswith(folded)]
+    close = longer or difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.65)
     return by_folded[close[0]] if close else None
 
 
