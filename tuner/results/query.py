@@ -100,11 +100,13 @@ def reports_frame(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 def write_frame(frame: pd.DataFrame, format: str, target: Any) -> None:
     """Write a frame as `csv` or `parquet` to a path or a binary file."""
+    import pandas as pd
+
     if format == "csv":
         frame.to_csv(target, index=False)
         return
     uniform = frame.copy()
-    for name in uniform.select_dtypes("object").columns:
+    for name in uniform.columns[[pd.api.types.is_object_dtype(dtype) for dtype in uniform.dtypes]]:
         kinds = {kind(value) for value in uniform[name].dropna()}
         if len(kinds) > 1:  # Parquet columns have one type; a choice may mix numbers and text
             uniform[name] = uniform[name].map(lambda value: None if value is None else str(value))
@@ -147,7 +149,7 @@ def document(
             "objective": spec.objective.metric,
             "baseline": {"eval_loss": None, "mean_token_accuracy": None} | status.baseline,
             "best": best[0].number if best else None,
-            "trials": [_trial(record) for record in (records if shown is None else shown)],
+            "trials": [_trial(record) for record in (leaderboard(records, spec.objective) if shown is None else shown)],
         }
     )
 

@@ -22,7 +22,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 _CONDITION = re.compile(
     r"""\s*(?P<key>[A-Za-z_][\w.]*)\s*(?P<op>==|!=|<=|>=|<|>)\s*("(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"'=<>!]+))\s*"""
 )
-_AND = re.compile(r"and(?=\s)")
+_AND = re.compile(r"and(?=\s|$)")
 
 
 def parse_where(text: str, keys: set[str]) -> list[tuple[str, str, Any]]:
