@@ -69,7 +69,7 @@ SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's YAML
 
 @app.command()
 def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
-    """Say everything that is wrong with a spec, or what it asks for. Trains nothing."""
+    """Say all that is wrong with a spec, or what it asks for."""
     from tuner.spec.load import check_file
 
     spec, problems = check_file(file, set_ or [], root)
@@ -102,7 +102,7 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
 
 @app.command()
 def resume(name: SweepName, root: RootOption = None, quiet: QuietOption = False) -> None:
-    """Continue a sweep that was interrupted; finished trials are not run again."""
+    """Continue an interrupted sweep; finished trials stay."""
     from tuner import api
     from tuner.cli.live import watching
 
@@ -160,7 +160,10 @@ def results(
     top: Annotated[int | None, typer.Option(min=1, help="At most so many trials.")] = None,
     root: RootOption = None,
 ) -> None:
-    """Show the leaderboard, the untuned base first; or every trial as JSON, CSV or Parquet."""
+    """Show or export the trials, best first.
+
+    The leaderboard starts with the untuned base; --json and --format write every trial for programs.
+    """
     from tuner.api import open
 
     sweep = open(name, root)
@@ -186,11 +189,11 @@ def results(
 @app.command()
 def show(
     name: SweepName,
-    trial: Annotated[int | None, typer.Argument(metavar="[TRIAL]", help="Number of the trial. [the best]")] = None,
+    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")] = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one trial: its whole configuration, every evaluation, why it ended and the end of its log."""
+    """Show one trial: configuration, evaluations, reason, log."""
     from tuner.api import open
     from tuner.cli.screens import show_trial
     from tuner.errors import NotFoundError
@@ -239,13 +242,13 @@ def cancel(name: SweepName, root: RootOption = None) -> None:
 @app.command()
 def promote(
     name: SweepName,
-    trial: Annotated[int | None, typer.Argument(metavar="[TRIAL]", help="Number of the trial. [the best]")] = None,
+    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")] = None,
     alias: Annotated[str | None, typer.Option(help="Name the model gets. [the spec's]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Promote even if the gate says no, and record that.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it there, too.")] = None,
     root: RootOption = None,
 ) -> None:
-    """Merge a trial's adapter into its base, measure the result, and promote it if it is better."""
+    """Merge the best trial, measure it, promote it if better."""
     from dataclasses import asdict
 
     from tuner.api import open
