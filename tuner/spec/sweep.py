@@ -95,7 +95,7 @@ class SearchSpec(Section):
     """Which Optuna sampler proposes points."""
 
     sampler: Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"] = Field("tpe", description="Optuna sampler.")
-    startup_trials: int = Field(8, ge=0, description="Random points before the sampler models the results.")
+    startup_trials: int = Field(8, ge=0, description="Random points before the sampler learns; default: at most half.")
     seed: int = Field(0, description="Seed of the sampler.")
     enqueue: list[dict[str, Any]] = Field([], description="Known points to try first, keyed as in `space`.")
 
@@ -104,7 +104,7 @@ class StoppingSpec(Section):
     """When a trial is stopped early, in evaluations at equal token counts."""
 
     type: Literal["asha", "hyperband", "median", "none"] = Field("asha", description="Rule of early stopping.")
-    grace_evals: int = Field(2, ge=1, description="Evaluations every trial gets before it may be stopped.")
+    grace_evals: int = Field(2, ge=1, description="Evaluations before a trial may be stopped; below evals_per_trial.")
     reduction_factor: int = Field(3, ge=2, description="Of this many trials at a rung, one goes on.")
 
 

@@ -108,7 +108,7 @@ def _allowed(kind: str, context: Mapping[str, Any]) -> str:
         return f"at least {context['min_length']} value"
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]
-        return f"{word} {show(context[name])}"
+        return f"{word} {context[name]:g}"
     return _TYPES.get(kind.split("_")[0], kind.replace("_", " "))
 
 

