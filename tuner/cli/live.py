@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,11 +40,14 @@ BAR_WIDTH = 8
 
 @contextmanager
 def watching(spec: SweepSpec, quiet: bool = False, earlier: Sequence[TrialRecord] = ()) -> Iterator[Display]:
-    """The display that fits where stderr goes; `earlier` trials, of a run that is resumed, stand in its table."""
+    """The display that fits: a live table where stdout and stderr are a terminal, else lines, or nothing if quiet.
+
+    `earlier` trials, of a run that is resumed, stand in the table.
+    """
     console = Console(stderr=True, highlight=False)
     if quiet:
         yield Silent()
-    elif console.is_terminal:
+    elif console.is_terminal and sys.stdout.isatty():
         table = LiveTable(spec, earlier, console)
         with Live(get_renderable=table.render, console=console, refresh_per_second=4, transient=True):
             yield table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -123,8 +124,9 @@ def show_promoted(promoted: dict[str, Any] | None) -> None:
 
 
 def _paragraph(label: str, text: str) -> str:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     shortened = textwrap.shorten(text, 420, placeholder=" ...") or "(nothing)"
-    return textwrap.fill(shortened, 100, initial_indent=label, subsequent_indent=" " * len(label))
+    return textwrap.fill(shortened, width, initial_indent=label, subsequent_indent=" " * len(label))
 
 
 def show_status(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> None:
