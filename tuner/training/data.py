@@ -19,7 +19,7 @@ Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row]]
 
 FILE_FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def read_rows(data: Mapping[str, Any], path: str) -> Numbered:
@@ -57,7 +57,7 @@ def source_fingerprint(data: Mapping[str, Any], path: str) -> str:
     digest = hashlib.sha256()
     if place.is_dir():
         for file in sorted(place.rglob("*")):
-            if file.suffix in (".arrow", ".json"):
+            if file.suffix in (".arrow", ".json") and not file.name.startswith("cache-"):
                 with file.open("rb") as stream:
                     content = hashlib.file_digest(stream, "sha256").hexdigest()
                 digest.update(f"{file.relative_to(place)} {content}\n".encode())

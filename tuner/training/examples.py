@@ -182,3 +182,13 @@ def load_formatter(formatter: str) -> Callable[[Row], Any]:
     if not callable(function):
         raise DataError(f"data.formatter: {module_name!r} has no function {function_name!r}")
     return function
+
+
+def formatter_source(formatter: str) -> bytes:
+    """Return the source of the formatter's module: another source may format rows otherwise."""
+    load_formatter(formatter)
+    module_name = formatter.partition(":")[0]
+    file = getattr(sys.modules[module_name], "__file__", None)
+    if file is None:
+        raise DataError(f"data.formatter: {module_name!r} is not a module with a source file")
+    return Path(file).read_bytes()

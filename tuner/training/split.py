@@ -12,7 +12,7 @@ import numpy as np
 
 from tuner.errors import DataError
 from tuner.training.data import source_fingerprint
-from tuner.training.examples import Drops, load_formatter, read_examples
+from tuner.training.examples import Drops, formatter_source, read_examples
 
 if TYPE_CHECKING:
     import datasets
@@ -31,8 +31,7 @@ def rows_key(data: Mapping[str, Any], text_field: str) -> dict[str, Any]:
     else:
         key["eval_fraction"] = data["eval_fraction"]
     if data["formatter"]:
-        module_file = Path(load_formatter(data["formatter"]).__globals__["__file__"])
-        key["formatter_source"] = hashlib.sha256(module_file.read_bytes()).hexdigest()
+        key["formatter_source"] = hashlib.sha256(formatter_source(data["formatter"])).hexdigest()
     return key
 
 
@@ -130,6 +129,7 @@ def _digest(row: str) -> bytes:
 def _save(rows: datasets.Dataset, indices: list[int], folder: Path, digest: hashlib._Hash) -> int:
     chosen = rows.select(sorted(indices))
     chosen.save_to_disk(str(folder))
+    digest.update(f"{folder.name}\n".encode())
     for text in _texts(chosen):
         digest.update(f"{text}\n".encode())
     return len(chosen)

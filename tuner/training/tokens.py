@@ -44,9 +44,10 @@ class Masking:
 def configure_tokenizer(tokenizer: PreTrainedTokenizerBase, train: Mapping[str, Any]) -> None:
     """Set eos token, chat template and pad token on `tokenizer` as SFTTrainer does for these SFTConfig fields.
 
-    A `chat_template_path` that is no jinja file is a tokenizer's folder or hub id; its template, added tokens and eos
-    token are taken over. Doing it twice changes nothing. Raises `DataError` for a token outside the vocabulary or a
-    template that is not there.
+    A `chat_template_path` that is no jinja file is a tokenizer's folder or hub id; its template and eos token are taken
+    over. Tokens that only it has are refused: TRL would give the base new embeddings for them, and an adapter that
+    comes with those no longer fits the original base. Doing it twice changes nothing. Raises `DataError` for that, for
+    a token outside the vocabulary, and for a template that is not there.
     """
     if train.get("eos_token") is not None:
         tokenizer.eos_token = _known_token(tokenizer, "eos_token", train["eos_token"])
@@ -74,7 +75,12 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"train.chat_template_path: {path}: {error}") from error
     vocabulary = tokenizer.get_vocab()
-    tokenizer.add_tokens([token for token in source.added_tokens_decoder.values() if token.content not in vocabulary])
+    new = [str(token) for token in source.added_tokens_decoder.values() if token.content not in vocabulary]
+    if new:
+        raise DataError(
+            f"train.chat_template_path: {path} has tokens that the base lacks ({', '.join(new[:5])}); "
+            "use a template of the base's own family, or give the template alone as a .jinja file"
+        )
     tokenizer.eos_token = source.eos_token
 
 
@@ -93,7 +99,7 @@ def masking(tokenizer: PreTrainedTokenizerBase, train: Mapping[str, Any], kind: 
             raise DataError(f"train.assistant_only_loss: the data is {kind} without chat messages")
         if tokenizer.eos_token is None and kind != "tokenized":
             raise DataError("train.eos_token: the tokenizer has none; name the token that ends an example")
-        return Masking(completion_only, assistant_only, None)
+        return Masking(completion_only, False, None)
     if tokenizer.chat_template is None:
         raise DataError("train.chat_template_path: the data is chat and the tokenizer has no chat template")
     if not assistant_only or has_generation_markers(tokenizer.chat_template):
@@ -134,11 +140,13 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, rules: Maskin
     if "input_ids" in example:
         ids, masks = example["input_ids"], _given_masks(example, rules)
     elif not is_conversational(dict(example)):
+        if rules.assistant_only:  # a plain row among chat: nobody speaks in it
+            return NO_TARGET
         ids, masks = _rendered_text(example, tokenizer, rules)
     else:
         try:
             ids, masks = _rendered_chat(example, tokenizer, rules)
-        except (TemplateError, TypeError):  # a template is a program, and it was not written for this row
+        except (TemplateError, TypeError, ValueError):  # a template is a program, and it was not written for this row
             return REFUSED_BY_TEMPLATE
     given = example.get("labels")
     labels = given or [token if all(bits) else IGNORED for token, *bits in zip(ids, *masks, strict=False)]
@@ -161,7 +169,7 @@ def _rendered_text(
     example: Example, tokenizer: PreTrainedTokenizerBase, rules: Masking
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the whole example, and the masks that restrict its labels."""
-    eos = tokenizer.eos_token
+    eos = tokenizer.eos_token or ""
     if "prompt" not in example:
         return tokenizer(text=_ended(example["text"], eos))["input_ids"], []
     ids = tokenizer(text=example["prompt"] + _ended(example["completion"], eos))["input_ids"]
