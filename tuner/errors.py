@@ -1,4 +1,7 @@
-"""Every error a user may see, with the exit code the command ends with."""
+"""Every error a user may see, with the exit code the command ends with.
+
+They cross process borders: what `__init__` takes is passed to `super().__init__`, so that each can be unpickled.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,14 @@ class SpecError(TunerError):
     exit_code = 2
 
     def __init__(self, problems: list[Problem], source: str = "spec"):
+        super().__init__(problems, source)
         self.problems = problems
-        noun = "problem" if len(problems) == 1 else "problems"
-        lines = [f"{source}: {len(problems)} {noun}", *(f"  {problem}" for problem in problems)]
-        super().__init__("\n".join(lines))
+        self.source = source
+
+    def __str__(self) -> str:
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        lines = [f"{self.source}: {len(self.problems)} {noun}", *(f"  {problem}" for problem in self.problems)]
+        return "\n".join(lines)
 
 
 class DataError(TunerError):
@@ -59,13 +66,20 @@ class InfeasibleError(TunerError):
     """A point of the space that cannot be trained: out of memory, diverged. The search learns from it."""
 
     def __init__(self, cause: str, reason: str):
+        super().__init__(cause, reason)
         self.cause = cause
-        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class PromotionRefused(TunerError):
     """The gate said no; the alias stays where it was. `reasons` says why, one sentence each."""
 
     def __init__(self, reasons: list[str]):
+        super().__init__(reasons)
         self.reasons = reasons
-        super().__init__("not promoted: " + "; ".join(reasons))
+
+    def __str__(self) -> str:
+        return "not promoted: " + "; ".join(self.reasons)
