@@ -55,7 +55,7 @@ BAD_SPECS = [
     ("lora.lora_alpha=16 space.lora.alpha_ratio={type: choice, values: [1, 2]}", "space.lora.alpha_ratio: got lora.alpha_ratio beside lora.lora_alpha; allowed: one of the two"),
     ("lora=null", "space.lora.r: got a range; allowed: no lora.* key, since lora is null"),
     ("space.learning_rate={type: uniform, low: 0, high: 1}", "space.learning_rate: got an unknown key; allowed: train.*, lora.*, model.dtype, model.quantization or model.attn_implementation; did you mean train.learning_rate?"),
-    ("space.train.max_length={type: choice, values: [64, 128]}", "space.train.max_length: got a range; allowed: a fixed value in train, it changes what the evaluation measures, so that trials could not be compared"),
+    ("space.train.truncation_mode={type: choice, values: [keep_start, keep_end]}", "space.train.truncation_mode: got a range; allowed: a fixed value in train, it changes what the evaluation measures, so that trials could not be compared"),
     ("space.train.learning_rate.type=loguniform", "space.train.learning_rate.type: got 'loguniform'; allowed: choice, int, uniform or log_uniform; did you mean log_uniform?"),
     ("space.train.learning_rate.low=0.1", "space.train.learning_rate.low: got 0.1; allowed: a number below high, 0.001; did you mean 0.001?"),
     ("space.train.learning_rate.low=1e-3", "space.train.learning_rate: got one value, 0.001; allowed: low below high; a single value is fixed in its section"),

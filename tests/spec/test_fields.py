@@ -71,7 +71,7 @@ def test_the_schema_takes_the_shipped_words_and_refuses_others():
         ("train", {"packing": True}),
         ("train", {"output_dir": "x"}),
         ("lora", {"r": 0}),
-        ("space", {"train.max_length": {"type": "int", "low": 1, "high": 2}}),
+        ("space", {"train.eos_token": {"type": "choice", "values": ["a", "b"]}}),
         ("budget", {"trials": 1, "time_limit": "soon"}),
     ]:
         assert list(validator.iter_errors({**good, section: value})), (section, value)

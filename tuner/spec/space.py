@@ -95,4 +95,4 @@ def resolve(spec: SweepSpec, number: int, point: Mapping[str, Any]) -> TrialConf
     if lora is not None and "alpha_ratio" in lora:
         alpha = lora.pop("alpha_ratio") * lora.get("r", 8)
         lora["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
-    return {"number": number, "point": dict(point), **sections}  # type: ignore[return-value]
+    return {"number": number, "point": dict(point), **sections}  # type: ignore[typeddict-item]

@@ -35,9 +35,7 @@ _PREPARED_FIELDS = frozenset(
         "assistant_only_loss",
         "chat_template_path",
         "completion_only_loss",
-        "dataset_num_proc",
         "dataset_text_field",
-        "shuffle_dataset",
     }
 )
 

@@ -36,11 +36,11 @@ def check_clashes(spec: SweepSpec) -> list[Problem]:
 def _check_packing(spec: SweepSpec) -> list[Problem]:
     found = []
     packings = possible_values(spec, "train.packing")
-    max_length = possible_values(spec, "train.max_length")[0]
+    max_lengths = possible_values(spec, "train.max_length")
     packed = [packing for packing in packings if packing != "none"]
-    if packed and max_length is None:
+    if packed and None in max_lengths:
         found.append(Problem("train.max_length", "null", f"a length, since train.packing may be {packed[0]}", "1024"))
-    if True in possible_values(spec, "train.padding_free") and max_length is not None:
+    if True in possible_values(spec, "train.padding_free") and max_lengths != [None]:
         distribution = spec.space.get("train.padding_free")
         packings = ((distribution and distribution.when) or {}).get("train.packing", packings)
         if "none" in packings:
