@@ -99,14 +99,14 @@ def make_spec(model: Path, root: Path, **promotion: Any) -> SweepSpec:
     )
 
 
-def make_trial(spec: SweepSpec, lora: dict[str, Any] | None) -> Trial:
+def make_trial(spec: SweepSpec, lora: dict[str, Any] | None, **train: Any) -> Trial:
     return Trial(
         number=3,
         config={
             "number": 3,
             "point": {"train.learning_rate": 2e-4},
             "model": spec.model.model_dump(),
-            "train": {**spec.train, "learning_rate": 2e-4},
+            "train": {**spec.train, "learning_rate": 2e-4, **train},
             "lora": lora,
         },
     )

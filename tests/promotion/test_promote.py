@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.promotion.conftest import make_report, make_spec, make_trial, sweep_folder
+from tests.promotion.conftest import Trial, make_report, make_spec, make_trial, sweep_folder
 from tuner.errors import PromotionRefused, TunerError
 from tuner.promotion.promote import Promotion, promote
 from tuner.promotion.registry import current, history, rollback, versions
 from tuner.spec.layout import Root
+from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
 
 BASELINE = {"eval_loss": 50.0, "mean_token_accuracy": 0.0}
@@ -36,8 +37,8 @@ class Stage:
     model: Path
     eval_rows: Path
 
-    def promote(self, report: Report, lora: dict[str, Any] | None = {}, **arguments: Any) -> Promotion:  # noqa: B006
-        spec = make_spec(self.model, self.root)
+    def promote(self, report: Report, trial: Trial | None = None, **arguments: Any) -> Promotion:
+        spec = self.spec()
         defaults = {
             "baseline": BASELINE,
             "eval_rows": self.eval_rows,
@@ -45,7 +46,10 @@ class Stage:
             "data_fingerprint": "data-1",
             "sweep_folder": sweep_folder(self.root),
         }
-        return promote(spec, make_trial(spec, lora), report, **{**defaults, **arguments})
+        return promote(spec, trial or make_trial(spec, {}), report, **{**defaults, **arguments})
+
+    def spec(self) -> SweepSpec:
+        return make_spec(self.model, self.root)
 
     def current(self) -> str | None:
         version = current(Root(self.root), "production")
@@ -78,9 +82,12 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, eval_r
             calls.append(sorted(file.name for file in Path(options["folder_path"]).iterdir()))
             return f"https://huggingface.co/{options['repo_id']}"
 
+    template = stage.root / "template.jinja"
+    template.write_text("{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}")
+    trial = make_trial(stage.spec(), {}, chat_template_path=str(template), eos_token="<|endoftext|>")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi", Hub)
-        promotion = stage.promote(good, progress=steps.append, push_to_hub="me/pydoc")
+        promotion = stage.promote(good, trial, progress=steps.append, push_to_hub="me/pydoc")
     return stage, promotion, steps, calls
 
 
@@ -153,7 +160,7 @@ def test_the_card_is_read_by_the_hub_library_with_its_scores(first):
     assert first[1].samples[0]["after"][:20] in card.text
 
 
-def test_the_promoted_folder_loads_with_plain_transformers_in_a_process_without_tuner(first, tiny_model_dir):
+def test_the_promoted_folder_loads_with_plain_transformers_in_a_process_without_tuner(first):
     program = (
         "import sys, json\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -161,13 +168,15 @@ def test_the_promoted_folder_loads_with_plain_transformers_in_a_process_without_
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'Hi'}], tokenize=False)\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('tuner', 'peft')]\n"
-        "print(json.dumps([type(model).__name__, text]))"
+        "print(json.dumps([type(model).__name__, text, tokenizer.eos_token, model.generation_config.eos_token_id]))"
     )
     link = first[1].path.parent / "current"
     output = subprocess.run([sys.executable, "-c", program, str(link)], capture_output=True, text=True, check=True)
-    name, text = json.loads(output.stdout.splitlines()[-1])
+    name, text, end, ends = json.loads(output.stdout.splitlines()[-1])
     assert name == "LlamaForCausalLM"
-    assert "<|im_start|>user\nHi<|im_end|>" in text
+    assert text == "[user] Hi\n", "the template that the trial was trained with"
+    assert end == "<|endoftext|>", "the token that its rows ended with"
+    assert ends == [0, 2], "generation stops there, and where the base stops"
 
 
 def test_a_truncated_adapter_is_refused_even_by_force_and_the_alias_stays(stage, good, tmp_path):
@@ -251,7 +260,7 @@ def test_a_fully_fine_tuned_model_is_measured_again_and_promoted(stage, tiny_mod
     model.save_pretrained(tmp_path / "checkpoint")
     scores = measure(None, tmp_path / "checkpoint")
     report = make_report(tmp_path / "checkpoint", **_metrics(scores))
-    promotion = stage.promote(report, lora=None, alias="full")
+    promotion = stage.promote(report, make_trial(stage.spec(), lora=None), alias="full")
     assert promotion.path == stage.root / "models/full/v1"
     assert promotion.score_after == pytest.approx(scores["eval_loss"], abs=1e-6)
     saved = AutoModelForCausalLM.from_pretrained(promotion.path).state_dict()
@@ -259,9 +268,11 @@ def test_a_fully_fine_tuned_model_is_measured_again_and_promoted(stage, tiny_mod
     assert stage.current() == "v1"
 
 
-def test_a_trial_that_is_not_finite_is_refused_before_the_merge(stage, good):
-    with pytest.raises(PromotionRefused, match=r"trial 3 scored .*nan"):
+def test_figures_that_are_not_finite_are_refused_before_the_merge_even_by_force(stage, good):
+    with pytest.raises(PromotionRefused, match="eval_loss of the trial is nan"):
         stage.promote(replace(good, eval_loss=float("nan")), force=True)
+    with pytest.raises(PromotionRefused, match="eval_loss of the untuned base is None"):
+        stage.promote(good, baseline={"mean_token_accuracy": 0.0}, force=True)
     assert stage.leftovers() == []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.samples import generate, pick_prompts
 from tuner.training.evaluation import score
 from tuner.training.model import _source, describe, load_model, load_tokenizer
+from tuner.training.tokens import configure_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
     output = Path(job.output)
     facts, base = _check(job, progress)
     model, tokenizer = _build(job, progress)
+    _end_where_trained(model, tokenizer)
     progress("saving")
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -149,6 +152,7 @@ def _build(job: MergeJob, progress: Progress) -> tuple[PreTrainedModel, PreTrain
     model, cache = job.config["model"], Path(job.cache)
     dtype = getattr(torch, model["dtype"])
     tokenizer = load_tokenizer(model, cache)
+    configure_tokenizer(tokenizer, job.config["train"])
     if job.config["lora"] is None:
         progress("loading the trained model")
         return load_saved(Path(job.checkpoint), model).to(dtype), tokenizer
@@ -160,6 +164,14 @@ def _build(job: MergeJob, progress: Progress) -> tuple[PreTrainedModel, PreTrain
         base = base.dequantize(dtype)
     progress("merging")
     return merge(base, Path(job.checkpoint), dtype), tokenizer
+
+
+def _end_where_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have generation stop at the token that the training rows ended with, besides where the base stops."""
+    settings, end = model.generation_config, tokenizer.eos_token_id
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if end not in known:
+        settings.eos_token_id = [end, *(token for token in known if token is not None)]
 
 
 def _measure_incumbent(
@@ -174,7 +186,10 @@ def _measure_incumbent(
         return None, [
             f"{folder.parent.name} {folder.name} has another tokenizer: its loss per token cannot be compared"
         ]
-    return score(load_saved(folder, job.config["model"]), rows, job.eval_batch_size).as_dict(), []
+    scored = score(load_saved(folder, job.config["model"]), rows, job.eval_batch_size)
+    if not math.isfinite(scored.eval_loss):
+        return None, [f"{folder.parent.name} {folder.name} scores {scored.eval_loss} on these rows: it is no measure"]
+    return scored.as_dict(), []
 
 
 def _end_with_parent(job: MergeJob) -> None:

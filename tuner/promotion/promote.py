@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -16,7 +17,7 @@ from tuner.promotion.manifest import public_fields, public_spec, write_manifest
 from tuner.promotion.registry import Version, current, next_version, publish, staging
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import GOAL_OF_METRIC, PromotionSpec, SweepSpec
-from tuner.spec.trial import Report, TrialConfig
+from tuner.spec.trial import Report
 
 SAMPLES = 2
 
@@ -36,7 +37,7 @@ class Trial(Protocol):
     @property
     def number(self) -> int: ...
     @property
-    def config(self) -> TrialConfig: ...
+    def config(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def promote(
     spec: SweepSpec,
     record: Trial,
     report: Report,
-    baseline: dict[str, float],
+    baseline: Mapping[str, Any],
     *,
     eval_rows: Path,
     eval_fingerprint: str,
@@ -101,27 +102,29 @@ def promote(
     settings = spec.promotion or PromotionSpec()
     alias = alias or settings.alias
     root = Root(Path(spec.storage.root))
+    checkpoint = _checkpoint(record, report)
+    base_figures, trial_figures = _figures(baseline, "untuned base"), _figures(report.as_dict(), "trial")
     with staging(root, alias) as working:
         before = current(root, alias)
         known = _known_scores(before, eval_fingerprint)
         job = MergeJob(
             config=dict(record.config),
-            checkpoint=_checkpoint(record, report),
+            checkpoint=checkpoint,
             eval_rows=str(eval_rows),
             output=str(working / "model"),
             cache=str(root.cache),
             merge_into=settings.merge_into,
-            eval_batch_size=spec.train.get("per_device_eval_batch_size", 8),
+            eval_batch_size=record.config["train"].get("per_device_eval_batch_size", 8),
             incumbent=str(before.path) if before is not None and known is None else None,
             samples=SAMPLES,
             parent=os.getpid(),
         )
         outcome = run_fresh(job, working, sweep_folder.path / "promotion.log", progress)
         scores = Scores(
-            baseline=_figures(baseline),
-            trial=_figures(report.as_dict()),
-            merged=_figures(outcome["merged"]),
-            incumbent=known if outcome["incumbent"] is None else _figures(outcome["incumbent"]),
+            baseline=base_figures,
+            trial=trial_figures,
+            merged=_figures(outcome["merged"], "merged model"),
+            incumbent=known or (_figures(outcome["incumbent"], "promoted model") if outcome["incumbent"] else None),
         )
         reasons = _reasons(spec, settings, scores, outcome["reasons"], force)
         manifest = {
@@ -146,8 +149,6 @@ def promote(
 def _checkpoint(record: Trial, report: Report) -> str:
     if report.adapter_path is None or not Path(report.adapter_path).is_dir():
         raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"])
-    if not report.is_finite():
-        raise PromotionRefused([f"trial {record.number} scored {_figures(report.as_dict())}, which is not finite"])
     return report.adapter_path
 
 
@@ -159,12 +160,17 @@ def _known_scores(version: Version | None, eval_fingerprint: str) -> dict[str, f
     return manifest["scores"]["merged"] if manifest["eval_fingerprint"] == eval_fingerprint else None
 
 
-def _figures(values: dict[str, Any]) -> dict[str, float]:
-    return {metric: values[metric] for metric in GOAL_OF_METRIC}
+def _figures(values: Mapping[str, Any], whose: str) -> dict[str, float]:
+    """The metrics among `values`; one that is missing or not finite is refused here, so that force never sees it."""
+    figures = {metric: values.get(metric) for metric in GOAL_OF_METRIC}
+    finite = {metric: value for metric, value in figures.items() if value is not None and math.isfinite(value)}
+    if finite != figures:
+        raise PromotionRefused([f"{metric} of the {whose} is {figures[metric]}" for metric in figures.keys() - finite])
+    return finite
 
 
 def _reasons(spec: SweepSpec, settings: PromotionSpec, scores: Scores, reasons: list[str], force: bool) -> list[str]:
-    """What speaks against promoting; returns only when nothing does, or when it is forced and may be."""
+    """What speaks against promoting, besides `reasons`; returns only when nothing does, or when it is forced."""
     metric, incumbent = spec.objective.metric, scores["incumbent"]
     reasons = reasons + decide(
         metric,
@@ -175,9 +181,7 @@ def _reasons(spec: SweepSpec, settings: PromotionSpec, scores: Scores, reasons: 
         incumbent[metric] if incumbent is not None else None,
         settings.max_regression,
     )
-    everything = [scores["trial"], scores["merged"], scores["baseline"], incumbent or {}]
-    measured = all(math.isfinite(value) for values in everything for value in values.values())
-    if reasons and not (force and measured):
+    if reasons and not force:
         raise PromotionRefused(reasons)
     return reasons
 

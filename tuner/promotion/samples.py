@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 48
 
 
 def pick_prompts(rows: Dataset, count: int) -> list[list[int]]:
