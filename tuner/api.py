@@ -37,10 +37,15 @@ def load_spec(path: str | Path, *overrides: str, root: str | Path | None = None)
 
 
 def run(
-    spec: SweepSpec | str | Path, *overrides: str, root: str | Path | None = None, display: Display | None = None
+    spec: SweepSpec | str | Path,
+    *overrides: str,
+    root: str | Path | None = None,
+    display: Display | None = None,
+    log_output: bool = False,
 ) -> Sweep:
     """Run a sweep to its end on this machine and return it; `display` is told what happens meanwhile.
 
+    With `log_output`, what this process prints meanwhile goes to the sweep's log, and not to stdout and stderr.
     Raises `SpecError`, `DataError` and `MachineError` before anything is trained, `TunerError` when the name is taken.
     A sweep without a successful trial does not raise: look at `Sweep.status` and `Sweep.best`.
     """
@@ -50,11 +55,13 @@ def run(
         spec = load_spec(spec, *overrides, root=root)
     elif overrides or root:
         raise TunerError("overrides and root go with a path; this spec is loaded: give them to tuner.load_spec")
-    run_sweep(spec, display)
+    run_sweep(spec, display, log_output)
     return open(spec.name, spec.storage.root)
 
 
-def resume(name: str, root: str | Path | None = None, display: Display | None = None) -> Sweep:
+def resume(
+    name: str, root: str | Path | None = None, display: Display | None = None, log_output: bool = False
+) -> Sweep:
     """Continue a sweep that was cut off: finished trials stay, the total is what was asked for.
 
     Raises `NotFoundError`, and `TunerError` when the sweep is running or finished.
@@ -62,7 +69,7 @@ def resume(name: str, root: str | Path | None = None, display: Display | None = 
     from tuner.execution.sweep import resume_sweep
 
     sweep = open(name, root)
-    resume_sweep(sweep.folder, display)
+    resume_sweep(sweep.folder, display, log_output)
     return sweep
 
 

@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tuner.errors import InfeasibleError
+from tuner.errors import DataError, InfeasibleError
 from tuner.spec.load import parse_spec
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
-from tuner.training.baseline import prepare_rows, tokens_per_trial
+from tuner.training.baseline import prepare_rows, prepare_sweep, tokens_per_trial
 from tuner.training.evaluation import score
 from tuner.training.trial import run_trial
 
@@ -63,7 +63,8 @@ def run(spec: SweepSpec, tmp_path: Path, **point: Any) -> tuple[list[Report], li
         save(folders[-1])
 
     config = resolve(spec, 0, {"train.packing": "none", **point})
-    run_trial(spec, config, spec.budget.tokens_per_trial or 0, tmp_path / "out", emit)
+    sweep = prepare_sweep(spec, lambda stage, done, total: None)
+    run_trial(spec, config, sweep, tmp_path / "out", emit)
     return reports, folders
 
 
@@ -128,6 +129,15 @@ def test_a_trial_that_diverges_reports_it_and_is_infeasible(tiny_model_dir, tmp_
     with pytest.raises(InfeasibleError, match="eval_loss is nan after") as caught:
         run(spec, tmp_path, **{"train.learning_rate": 1e30})
     assert caught.value.cause == "diverged"
+
+
+def test_data_that_change_under_a_sweep_end_the_trial(tiny_model_dir, tmp_path):
+    spec = spec_for(tiny_model_dir, tmp_path)
+    sweep = prepare_sweep(spec, lambda stage, done, total: None)
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write('\n{"prompt": "One more?", "completion": " One more."}')
+    with pytest.raises(DataError, match="has changed since the sweep began"):
+        run_trial(spec, resolve(spec, 0, {}), sweep, tmp_path / "out", lambda report, save: None)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
 
     spec = api.load_spec(file, *(set_ or []), root=root)
     with _resumable(spec, root), watching(spec, quiet) as display:
-        sweep = api.run(spec, display=display)
+        sweep = api.run(spec, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, root))
 
 
@@ -108,7 +108,7 @@ def resume(name: SweepName, root: RootOption = None, quiet: QuietOption = False)
 
     before = api.open(name, root)
     with _resumable(before.spec, root), watching(before.spec, quiet, before.records()) as display:
-        sweep = api.resume(name, root, display)
+        sweep = api.resume(name, root, display, log_output=True)
     raise typer.Exit(_print_end(sweep, root))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,14 +43,22 @@ BAR_WIDTH = 8
 def watching(spec: SweepSpec, quiet: bool = False, earlier: Sequence[TrialRecord] = ()) -> Iterator[Display]:
     """The display that fits: a live table where stdout and stderr are a terminal, else lines, or nothing if quiet.
 
-    `earlier` trials, of a run that is resumed, stand in the table.
+    `earlier` trials, of a run that is resumed, stand in the table. Both write to a duplicate of stderr: stdout and stderr
+    themselves belong to the libraries while a sweep runs, and go to its log.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), highlight=False)
     if quiet:
         yield Silent()
     elif console.is_terminal and sys.stdout.isatty():
         table = LiveTable(spec, earlier, console)
-        with Live(get_renderable=table.render, console=console, refresh_per_second=4, transient=True):
+        with Live(
+            get_renderable=table.render,
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ):
             yield table
     else:
         yield Lines(spec, console)

@@ -74,7 +74,7 @@ def _drive(store: Store, placement: Placement, display: Display, log_output: boo
             store.set_prepared(facts["tokens_per_trial"], facts["data"], facts["baseline"])
             display.prepared(facts["data"], facts["baseline"], facts["tokens_per_trial"])
             store.set_status("running")
-            _Trials(store, facts["tokens_per_trial"], display).search(placement)
+            _Trials(store, facts, display).search(placement)
             records = store.trials()
             winner = best_trial(records, store.spec.objective, facts["tokens_per_trial"])
             display.sweep_finished(records, winner[0] if winner else None)
@@ -106,12 +106,12 @@ def _promote(store: Store, record: TrialRecord, display: Display) -> None:
 class _Trials:
     """The trials of a running sweep: what Tune asks, reports and ends, turned into records and decisions."""
 
-    def __init__(self, store: Store, tokens_per_trial: int, display: Display):
+    def __init__(self, store: Store, facts: dict[str, Any], display: Display):
         self._store = store
         self._spec = store.spec
-        self._tokens = tokens_per_trial
+        self._facts = facts
         self._display = display
-        self._search = Search(store.spec, store.study, tokens_per_trial)
+        self._search = Search(store.spec, store.study, facts["tokens_per_trial"])
         self._failures: dict[int, Ending] = {}
         self._halt = _Halt(store)
 
@@ -123,7 +123,7 @@ class _Trials:
         self._display.stage(f"Searching: {remaining} trials, {placement.concurrent} at a time")
         job = {
             "spec": self._spec.model_dump(mode="json"),
-            "tokens_per_trial": self._tokens,
+            "preparation": self._facts,
             "workers": placement.workers,
             "resources": placement.resources,
             "threads": placement.threads,

@@ -14,7 +14,7 @@ from typing import Any
 import ray.train
 from ray import tune
 
-from tuner.errors import InfeasibleError
+from tuner.errors import DataError, InfeasibleError
 from tuner.execution.logs import log_process_to
 from tuner.search.study import Ending
 from tuner.spec.layout import Root, SweepFolder
@@ -27,7 +27,7 @@ FAILURE = "failure"
 
 
 def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
-    """Tune's function trainable. `job` holds the spec, tokens_per_trial and the workers' resources.
+    """Tune's function trainable. `job` holds the spec, the sweep's `Preparation` and the workers' resources.
 
     A trial that fails says so in a last result and ends well: to Tune, an outcome is data, not an error.
     """
@@ -64,6 +64,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     try:
         import torch
 
+        from tuner.training.baseline import Preparation
         from tuner.training.trial import run_trial
 
         torch.set_num_threads(job["threads"])
@@ -71,7 +72,7 @@ def train_worker(loop: dict[str, Any]) -> None:
             run_trial(
                 SweepSpec.model_validate(job["spec"]),
                 config,
-                job["tokens_per_trial"],
+                Preparation(**job["preparation"]),
                 Path(output_dir),
                 lambda report, save: _emit(report, save, rank),
             )
@@ -100,6 +101,8 @@ def explain(error: ray.train.TrainingFailedError, log: Path) -> Ending:
             return Ending("INFEASIBLE", failure.cause, str(failure), tail)
         if _is_out_of_memory(failure):
             return Ending("INFEASIBLE", "oom", str(failure).splitlines()[0], tail)
+    if isinstance(failures[0], DataError):
+        return Ending("FAILED", "data", str(failures[0]), tail)
     if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
         return Ending("FAILED", "worker-lost", str(failures[0]).splitlines()[0], tail)
     return Ending("FAILED", "bug", f"{type(failures[0]).__name__}: {failures[0]}".splitlines()[0], tail)

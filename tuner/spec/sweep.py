@@ -44,7 +44,9 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """The base model every trial starts from."""
 
-    name: str = Field(description="Hub id, folder, or `package:NAME` for a model that an installed Python package ships.")
+    name: str = Field(
+        description="Hub id, folder, or `package:NAME` for a model that an installed Python package ships."
+    )
     revision: str = Field("main", description="Branch, tag or commit on the hub.")
     gguf_file: str | None = Field(None, description="File name, when the weights are a GGUF file (transformers' name).")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Type the base is loaded in.")
@@ -76,7 +78,9 @@ class DataSpec(Section):
 class ObjectiveSpec(Section):
     """What 'best' means."""
 
-    metric: Literal["eval_loss", "mean_token_accuracy"] = Field("eval_loss", description="The figure trials compete on.")
+    metric: Literal["eval_loss", "mean_token_accuracy"] = Field(
+        "eval_loss", description="The figure trials compete on."
+    )
     goal: Literal["minimize", "maximize"] = Field("minimize", description="Optuna's direction; must fit the metric.")
 
 
@@ -143,8 +147,12 @@ class SweepSpec(Section):
     name: Name = Field(description="Name of the sweep, also of its folder.")
     model: ModelSpec
     data: DataSpec
-    train: dict[str, Any] = Field({}, description="Fields of trl.SFTConfig; packing is none, bfd, bfd_split or wrapped.")
-    lora: dict[str, Any] | None = Field({}, description="Fields of peft.LoraConfig, or alpha_ratio; null: full fine-tuning.")
+    train: dict[str, Any] = Field(
+        {}, description="Fields of trl.SFTConfig; packing is none, bfd, bfd_split or wrapped."
+    )
+    lora: dict[str, Any] | None = Field(
+        {}, description="Fields of peft.LoraConfig, or alpha_ratio; null: full fine-tuning."
+    )
     space: dict[str, Distribution] = Field(description="What is searched, by dotted key.")
     objective: ObjectiveSpec = ObjectiveSpec()
     budget: BudgetSpec

@@ -14,14 +14,15 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from tuner.errors import InfeasibleError
+from tuner.errors import DataError, InfeasibleError
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
-from tuner.training.baseline import prepare_rows
+from tuner.training.baseline import Preparation, prepare_rows
 from tuner.training.budget import StepPlan, plan_steps
 from tuner.training.evaluation import score
 from tuner.training.model import load_model, load_tokenizer
+from tuner.training.tokens import configure_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,25 +41,34 @@ _PREPARED_FIELDS = frozenset(
 )
 
 
-def run_trial(spec: SweepSpec, config: TrialConfig, tokens_per_trial: int, output_dir: Path, emit: Emit) -> None:
+def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path, emit: Emit) -> None:
     """Train one trial to the end of its budget, emitting a report at every milestone.
 
-    Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain); an
-    out-of-memory error of torch's is left as it is.
+    Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain) and
+    DataError when the data are not those the sweep began with; an out-of-memory error of torch's is left as it is.
     """
     cache = Root(Path(spec.storage.root)).cache
     prepared = prepare_rows(spec, config["train"])
+    if prepared.summary["fingerprints"] != sweep.data["fingerprints"]:
+        raise DataError(f"{spec.data.path} has changed since the sweep began: its trials could not be compared")
     trainer = build_trainer(
         config,
         model=load_model(config["model"], cache, device="cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer=load_tokenizer(config["model"], cache),
+        tokenizer=tokenizer_for(config, cache),
         train_rows=load_from_disk(str(prepared.train)),
         output_dir=output_dir,
     )
-    plan = plan_steps(trainer, milestones(tokens_per_trial, spec.budget.evals_per_trial))
+    plan = plan_steps(trainer, milestones(sweep.tokens_per_trial, spec.budget.evals_per_trial))
     trainer.args.max_steps = plan.max_steps
     trainer.add_callback(ReportAtMilestones(plan, load_from_disk(str(prepared.eval)), emit))
     trainer.train()
+
+
+def tokenizer_for(config: TrialConfig, cache: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the chat template and the special tokens of the trial's `train` section."""
+    tokenizer = load_tokenizer(config["model"], cache)
+    configure_tokenizer(tokenizer, config["train"])
+    return tokenizer
 
 
 def build_trainer(
