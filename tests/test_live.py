@@ -126,21 +126,21 @@ def test_a_log_gets_one_line_per_event(store):
         assert text in lines, text
 
 
-def test_quiet_says_nothing_and_a_pipe_gets_lines(store, capsys):
+def test_quiet_says_nothing_and_a_pipe_gets_lines(store, capfd):
     with watching(store.spec, quiet=True) as display:
         play(display, store)
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
     with watching(store.spec) as display:
         play(display, store)
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert printed.out == ""
     assert "trial 0 COMPLETED" in printed.err
     assert "\x1b" not in printed.err
 
 
-def test_a_table_that_is_piped_is_whole_and_plain(capsys):
+def test_a_table_that_is_piped_is_whole_and_plain(capfd):
     show_table([Column("key", ["a" * 300], right=False), Column("value", ["1"], drop=1)], ["bold"])
-    assert capsys.readouterr().out == f"{'key':<300}  value\n{'a' * 300}      1\n"
+    assert capfd.readouterr().out == f"{'key':<300}  value\n{'a' * 300}      1\n"
 
 
 def test_events_are_enough_to_draw_from_without_records(store):

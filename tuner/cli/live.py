@@ -43,10 +43,10 @@ BAR_WIDTH = 8
 def watching(spec: SweepSpec, quiet: bool = False, earlier: Sequence[TrialRecord] = ()) -> Iterator[Display]:
     """The display that fits: a live table where stdout and stderr are a terminal, else lines, or nothing if quiet.
 
-    `earlier` trials, of a run that is resumed, stand in the table. Both write to a duplicate of stderr: stdout and stderr
-    themselves belong to the libraries while a sweep runs, and go to its log.
+    `earlier` trials, of a run that is resumed, stand in the table. Both write to a duplicate of stderr: while a sweep runs,
+    stdout and stderr themselves belong to the libraries, and go to its log.
     """
-    console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), highlight=False)
+    console = Console(file=os.fdopen(os.dup(2), "w"), highlight=False)
     if quiet:
         yield Silent()
     elif console.is_terminal and sys.stdout.isatty():
