@@ -26,7 +26,7 @@ class Trial:
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
-    """A function that saves a LoRA adapter of the tiny model; `size` is the spread of its random B."""
+    """A function that saves a LoRA adapter of the tiny model; `size` is the spread of what starts at zero."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def make_adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
         )
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "lora_embedding_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 torch.nn.init.normal_(parameter, std=size) if size else torch.nn.init.zeros_(parameter)
             elif "trainable_tokens" in name or "modules_to_save" in name:
                 parameter.data += torch.randn_like(parameter) * size

@@ -114,8 +114,10 @@ def test_values_that_are_not_finite_are_refused(make_adapter, base):
     )
 
 
-def test_an_adapter_whose_every_b_is_zero_is_refused(make_adapter, base):
-    assert "every B is zero" in refusal(check_adapter, make_adapter(size=0), base)
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str)
+def test_an_adapter_whose_every_b_is_zero_is_refused(make_adapter, base, fields):
+    """Of an embedding it is A that starts at zero."""
+    assert "every B is zero" in refusal(check_adapter, make_adapter(size=0, **fields), base)
 
 
 def test_one_b_that_is_not_zero_is_enough(make_adapter, base):

@@ -34,7 +34,8 @@ def adapted(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> An
         {},
         {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "use_rslora": True},
         {"use_dora": True},
-        {"lora_bias": False, "target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
         {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [5, 7]},
         {"init_lora_weights": "pissa"},
@@ -52,8 +53,9 @@ def test_merged_logits_equal_base_plus_adapter(make_adapter, tiny_model_dir, tmp
     assert (reloaded - trained).abs().max() < 1e-5
 
 
-def test_a_bfloat16_merge_rounds_each_weight_once(make_adapter, tiny_model_dir):
-    adapter = make_adapter()
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+def test_a_bfloat16_merge_rounds_each_weight_once(make_adapter, tiny_model_dir, fields):
+    adapter = make_adapter(**fields)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     exact = merge(base.float(), adapter, torch.float32).state_dict()
     merged = merge(AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16), adapter, torch.bfloat16)

@@ -192,8 +192,9 @@ def _bad_values(stored: dict[str, Stored]) -> list[str]:
     broken = [name for name, tensor in stored.items() if not tensor.finite]
     if broken:
         problems.append(f"{len(broken)} of {len(stored)} tensors hold values that are not finite: {_some(broken)}")
-    factors = [tensor for name, tensor in stored.items() if "lora_B" in name or "lora_embedding_B" in name]
-    if factors and all(tensor.zero for tensor in factors):
+    # Of the two factors the one that PEFT starts at zero: B, but A where the layer is an embedding.
+    products = [tensor for name, tensor in stored.items() if "lora_B" in name or "lora_embedding_A" in name]
+    if products and all(tensor.zero for tensor in products):
         problems.append("every B is zero: the adapter changes nothing, as before its first step")
     return problems
 

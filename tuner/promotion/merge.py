@@ -95,18 +95,26 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
 
 
 def merge(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the base with the adapter merged in, rounded to `dtype` once.
+    """Return the base with the adapter merged in, each weight rounded to `dtype` once.
 
-    Each adapted layer is added up in float32, layer by layer: PEFT alone would round the product and then the sum. What
-    is not finite stays so, for the measurement to find.
+    PEFT adds the float32 product in place, which rounds only the sum; its `safe_merge` would round the product as well.
+    What is not finite stays so, for the measurement to find.
     """
     adapted = PeftModel.from_pretrained(base, adapter)
-    for layer in adapted.modules():
-        if isinstance(layer, LoraLayer):
-            inner = layer.get_base_layer().float()
-            layer.merge()
-            inner.to(dtype)
+    _untie_if_adapted(base)
     return adapted.merge_and_unload().to(dtype)
+
+
+def _untie_if_adapted(model: PreTrainedModel) -> None:
+    """Give embedding and head a weight each where one of them has an adapter: merged, it must not change the other."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    if isinstance(embedding, LoraLayer) or isinstance(head, LoraLayer):
+        inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        inner.weight = torch.nn.Parameter(inner.weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def load_saved(folder: Path, model: dict[str, Any]) -> PreTrainedModel:
