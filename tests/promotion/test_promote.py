@@ -239,7 +239,7 @@ def test_a_model_promoted_on_other_rows_is_measured_again_on_these(stage, good, 
     assert stage.current() == "v2"
 
 
-def test_a_promoted_model_with_another_tokenizer_cannot_be_compared_and_takes_force(stage, good):
+def test_a_promoted_model_with_another_tokenizer_cannot_be_compared(stage, good):
     path = stage.root / "models/production/v1/tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]

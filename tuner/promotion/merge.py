@@ -100,7 +100,7 @@ def merge(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTraine
     PEFT adds the float32 product in place, which rounds only the sum; its `safe_merge` would round the product as well.
     What is not finite stays so, for the measurement to find.
     """
-    adapted = PeftModel.from_pretrained(base, adapter)
+    adapted: Any = PeftModel.from_pretrained(base, adapter)
     _untie_if_adapted(base)
     return adapted.merge_and_unload().to(dtype)
 
