@@ -100,7 +100,7 @@ def merge(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTraine
     PEFT adds the float32 product in place, which rounds only the sum; its `safe_merge` would round the product as well.
     What is not finite stays so, for the measurement to find.
     """
-    adapted: Any = PeftModel.from_pretrained(base, adapter)
+    adapted = PeftModel.from_pretrained(base, adapter)
     _untie_if_adapted(base)
     return adapted.merge_and_unload().to(dtype)
 
@@ -112,7 +112,7 @@ def _untie_if_adapted(model: PreTrainedModel) -> None:
     if head is None or head.weight is not embedding.weight:
         return
     if isinstance(embedding, LoraLayer) or isinstance(head, LoraLayer):
-        inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        inner: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
         inner.weight = torch.nn.Parameter(inner.weight.detach().clone())
         model.config.tie_word_embeddings = False
 
