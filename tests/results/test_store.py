@@ -143,6 +143,22 @@ def test_a_sweep_keeps_its_status_its_baseline_and_what_was_promoted(tmp_path):
     assert status.pid == os.getpid()
 
 
+def test_the_time_between_an_interruption_and_a_resume_does_not_count(tmp_path):
+    store = make_sweep(tmp_path, TRIALS[:1], status=None)
+    now = utc_now()
+    hour = timedelta(hours=1)
+    store._update({"resumed": now - 9 * hour, "driven_s": 600.0})
+    store.set_status("interrupted")
+    store._update({"finished": now - 8 * hour})
+    assert store.status().elapsed_s == pytest.approx(3600 + 600, abs=1)
+    store.set_status("preparing")
+    store.set_status("running")
+    assert store.status().elapsed_s == pytest.approx(3600 + 600, abs=10)
+    store._update({"resumed": now - hour, "heartbeat": now - hour / 2})  # and this driver has vanished
+    assert store.status().status == "interrupted"
+    assert store.status().elapsed_s == pytest.approx(3600 + 600 + 1800, abs=10)
+
+
 def test_a_new_sweep_is_queued_and_its_spec_stands_beside_it(tmp_path):
     spec = make_spec(tmp_path)
     store = Store.create(spec)

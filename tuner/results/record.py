@@ -118,8 +118,12 @@ class SweepStatus:
     host: str | None = None
     """Where the driver runs, or ran last."""
     started: datetime | None = None
+    resumed: datetime | None = None
+    """When the present driver, or the last one, took over."""
     heartbeat: datetime | None = None
     finished: datetime | None = None
+    driven_s: float = 0.0
+    """Seconds that earlier drivers were at work."""
     tokens_per_trial: int | None = None
     """The full budget; None until the data is prepared."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -129,8 +133,11 @@ class SweepStatus:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the first start, until the end or, when the driver vanished, until its last sign of life."""
-        if self.started is None:
-            return 0.0
-        end = utc_now() if self.status in ACTIVE else self.finished or self.heartbeat or self.started
-        return (end - self.started).total_seconds()
+        """Seconds a driver has been at work, the time between an interruption and a resume left out.
+
+        A driver that vanished counts until its last sign of life.
+        """
+        if self.resumed is None:
+            return self.driven_s
+        end = utc_now() if self.status in ACTIVE else self.finished or self.heartbeat or self.resumed
+        return self.driven_s + (end - self.resumed).total_seconds()

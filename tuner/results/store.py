@@ -224,7 +224,8 @@ class Store:
         values: dict[str, Any] = {"status": status, "message": message}
         if status in ACTIVE:
             values |= {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": now, "finished": None}
-            values["started"] = sa.func.coalesce(tables.SWEEPS.c.started, now)
+            values |= {"started": sa.func.coalesce(tables.SWEEPS.c.started, now), "resumed": now}
+            values["driven_s"] = self.status().elapsed_s
         elif status != "queued":
             values["finished"] = now
         self._update(values)

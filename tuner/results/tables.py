@@ -45,7 +45,8 @@ SWEEPS = sa.Table(
     sa.Column("promoted", sa.JSON(none_as_null=True)),
     sa.Column("pid", sa.Integer),
     sa.Column("host", sa.String(255)),
-    *(sa.Column(name, UTCDateTime) for name in ("created", "started", "heartbeat", "finished")),
+    sa.Column("driven_s", sa.Double),
+    *(sa.Column(name, UTCDateTime) for name in ("created", "started", "resumed", "heartbeat", "finished")),
 )
 
 _COLUMN_TYPES = {"int": sa.BigInteger, "float": sa.Double, "str | None": sa.Text}
@@ -76,7 +77,8 @@ def report_row(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 def sweep_status(row: Mapping[Any, Any]) -> SweepStatus:
     values = {field.name: row[field.name] for field in dataclasses.fields(SweepStatus)}
-    return SweepStatus(**values | {"data": row["data"] or {}, "baseline": row["baseline"] or {}})
+    filled = {"data": row["data"] or {}, "baseline": row["baseline"] or {}, "driven_s": row["driven_s"] or 0.0}
+    return SweepStatus(**values | filled)
 
 
 def interrupted(status: SweepStatus) -> SweepStatus:
