@@ -48,8 +48,7 @@ FIXED_ONLY = {
     **dict.fromkeys(
         _each(
             "train",
-            "completion_only_loss assistant_only_loss dataset_text_field eos_token chat_template_path "
-            "truncation_mode",
+            "completion_only_loss assistant_only_loss dataset_text_field eos_token chat_template_path truncation_mode",
         ),
         _CHANGES_EVAL,
     ),
