@@ -15,6 +15,17 @@ from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
 
 BUDGET = 1000
+DATA: dict[str, Any] = {
+    "format": "prompt_completion",
+    "rows_read": 1363,
+    "rows_train": 1300,
+    "rows_eval": 60,
+    "truncated": 12,
+    "duplicates_removed": 1,
+    "train_tokens": 110243,
+    "dropped": {"empty": {"count": 2, "rows": [3, 9]}},
+    "eval_dropped": {},
+}
 NAN = float("nan")
 
 
@@ -85,7 +96,7 @@ def make_sweep(root: Path, trials: Sequence[Made] = TRIALS, status: str | None =
     spec = make_spec(root, **sections)
     store = Store.create(spec)
     store.set_status("running")
-    store.set_prepared(BUDGET, {"train_rows": 1300, "eval_rows": 60}, {"eval_loss": 3.0, "mean_token_accuracy": 0.41})
+    store.set_prepared(BUDGET, DATA, {"eval_loss": 3.0, "mean_token_accuracy": 0.41})
     for made in trials:
         add_trial(store, made)
     if status:

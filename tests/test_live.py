@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from made_by_hand import BUDGET, TRIALS, make_sweep
+from made_by_hand import BUDGET, DATA, TRIALS, make_sweep
 from rich.console import Console
 
 from tuner.cli.live import Lines, LiveTable, watching
@@ -25,7 +25,7 @@ def play(display, store):
     display.stage("Loading some/base")
     for done in range(0, 1301, 100):
         display.progress("Tokenising", done, 1300)
-    display.prepared({"train_rows": 1300, "fingerprints": {"data": "x"}}, BASE, BUDGET)
+    display.prepared(DATA, BASE, BUDGET)
     display.stage("Searching")
     records = store.trials()
     for record in records:
@@ -117,7 +117,10 @@ def test_a_log_gets_one_line_per_event(store):
         "Tokenising: 1,300 of 1,300",
     ]
     for text in [
-        "data: train_rows 1,300; 1,000 tokens a trial",
+        "prompt_completion rows: 1,363 read, 1,300 to train on, 60 to evaluate on, 12 cut at max_length, "
+        "1 in both, not trained on; 110,243 tokens",
+        "dropped: 2 empty (row 3, 9)",
+        "untuned base: eval_loss 3.0000, accuracy 0.4100; 1,000 tokens a trial",
         "trial 0 starts: lr=0.00021 packing=bfd r=16 alpha/r=2",
         "trial 0 at 750 tokens: eval_loss 2.6000, accuracy 0.5000, 310 tokens/s",
         "trial 3 INFEASIBLE, eval_loss 2.5000, accuracy 0.5000 (diverged: eval_loss is nan after 503 tokens)",
@@ -141,6 +144,26 @@ def test_quiet_says_nothing_and_a_pipe_gets_lines(store, capfd):
 def test_a_table_that_is_piped_is_whole_and_plain(capfd):
     show_table([Column("key", ["a" * 300], right=False), Column("value", ["1"], drop=1)], ["bold"])
     assert capfd.readouterr().out == f"{'key':<300}  value\n{'a' * 300}      1\n"
+
+
+def test_a_stage_is_said_once_however_often_it_is_reported(store):
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    display = Lines(store.spec, console)
+    for stage in ("Preparing", "Reading", "Reading", "Loading", "Reading"):
+        display.stage(stage)
+    said = [line.partition("] ")[2] for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert said == ["Preparing", "Reading", "Loading", "Reading"]
+
+
+def test_a_line_that_is_longer_than_the_terminal_is_cut_not_wrapped(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    columns = [Column("number", ["1"]), *(Column(f"column-{n}", ["x" * 20], drop=n) for n in range(1, 6))]
+    show_table(columns, [""])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "not shown" in lines[-1]
+    assert "…" in lines[-1]
 
 
 def test_events_are_enough_to_draw_from_without_records(store):

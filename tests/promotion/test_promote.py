@@ -191,7 +191,7 @@ def test_a_truncated_adapter_is_refused_even_by_force_and_the_alias_stays(stage,
 
 
 def test_a_trial_without_a_checkpoint_is_refused(stage, good):
-    with pytest.raises(PromotionRefused, match="trial 3 has no checkpoint at None"):
+    with pytest.raises(PromotionRefused, match="the adapter of trial 3 was not kept"):
         stage.promote(replace(good, adapter_path=None))
 
 

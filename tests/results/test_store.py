@@ -228,7 +228,7 @@ def test_an_unknown_sweep_is_not_found_and_the_nearest_is_named(tmp_path):
     make_sweep(tmp_path, [])
     with pytest.raises(NotFoundError, match="did you mean pydoc-lora"):
         Store.open(Root(tmp_path).sweep("pydoc-lore"))
-    with pytest.raises(NotFoundError, match="there: no sweep"):
+    with pytest.raises(NotFoundError, match="there is none"):
         Store.open(Root(tmp_path / "empty").sweep("any"))
 
 

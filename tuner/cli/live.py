@@ -26,6 +26,7 @@ from tuner.results.text import (
     change,
     compact,
     count,
+    data_text,
     duration,
     ending,
     figure,
@@ -43,8 +44,8 @@ BAR_WIDTH = 8
 def watching(spec: SweepSpec, quiet: bool = False, earlier: Sequence[TrialRecord] = ()) -> Iterator[Display]:
     """The display that fits: a live table where stdout and stderr are a terminal, else lines, or nothing if quiet.
 
-    `earlier` trials, of a run that is resumed, stand in the table. Both write to a duplicate of stderr: while a sweep runs,
-    stdout and stderr themselves belong to the libraries, and go to its log.
+    `earlier` trials, of a run that is resumed, stand in the table. Both write to a duplicate of stderr: stdout
+    and stderr themselves belong to the libraries while a sweep runs, and go to its log.
     """
     console = Console(file=os.fdopen(os.dup(2), "w"), highlight=False)
     if quiet:
@@ -72,9 +73,12 @@ class Lines:
     console: Console
     begun: float = field(default_factory=time.monotonic)
     quarters: dict[str, int] = field(default_factory=dict)
+    doing: str = ""
 
     def stage(self, text: str) -> None:
-        self._say(text)
+        if text != self.doing:
+            self.doing = text
+            self._say(text)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         quarter = 4 * done // max(total, 1)
@@ -83,9 +87,9 @@ class Lines:
         self.quarters[stage] = quarter
 
     def prepared(self, summary: dict[str, Any], baseline: dict[str, Any], tokens_per_trial: int) -> None:
-        rows = ", ".join(f"{key} {count(value)}" for key, value in summary.items() if type(value) is int)
-        self._say(f"data: {rows or 'ready'}; {count(tokens_per_trial)} tokens a trial")
-        self._say(f"untuned base: {scores_text(baseline)}")
+        for text in data_text(summary):
+            self._say(text)
+        self._say(f"untuned base: {scores_text(baseline)}; {count(tokens_per_trial)} tokens a trial")
 
     def trial_started(self, number: int, point: dict[str, Any]) -> None:
         self._say(f"trial {number} starts: {point_text(point)}")
@@ -119,6 +123,7 @@ class LiveTable:
         self._console = console
         self._begun = time.monotonic()
         self._trials = {record.number: record for record in earlier if record.outcome != "RUNNING"}
+        self._data: list[str] = []
         self._baseline: dict[str, Any] = {}
         self._budget: int | None = None
         self._spinner = Spinner("dots")
@@ -132,6 +137,7 @@ class LiveTable:
         self._stage, self._progress = stage, (done, total)
 
     def prepared(self, summary: dict[str, Any], baseline: dict[str, Any], tokens_per_trial: int) -> None:
+        self._data = data_text(summary)
         self._baseline, self._budget, self._progress = baseline, tokens_per_trial, None
 
     def trial_started(self, number: int, point: dict[str, Any]) -> None:
@@ -178,7 +184,7 @@ class LiveTable:
 
     def _rows_that_fit(self, records: list[TrialRecord]) -> list[TrialRecord]:
         """All trials in order of number or, where there are too many, those that run and the best others."""
-        room = max(self._console.height - 7, 3)
+        room = max(self._console.height - 9, 3)
         running = [record for record in records if record.outcome == "RUNNING"]
         others = leaderboard((record for record in records if record.outcome != "RUNNING"), self._spec.objective)
         shown = [*running, *others][:room]
@@ -210,6 +216,7 @@ class LiveTable:
         hidden = [f"{len(records) - shown} trials" if len(records) > shown else "", *dropped]
         if shown and any(hidden):
             captions.append(line("not shown: " + ", ".join(filter(None, hidden)), "dim"))
+        captions += [line(text, "dim") for text in self._data]
         if self._baseline:
             captions.append(line(f"untuned base: {scores_text(self._baseline)}"))
         winner = best_trial(records, self._spec.objective, self._budget)

@@ -18,6 +18,7 @@ from tuner.results.text import (
     change,
     compact,
     count,
+    data_text,
     describe,
     duration,
     ending,
@@ -52,6 +53,11 @@ def line(text: str, style: str = "") -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print one line, cut where the terminal ends: of a text's own `no_wrap` Console.print takes no notice."""
+    console.print(Text(text, style=style), no_wrap=True, overflow="ellipsis")
+
+
 def show_table(columns: Sequence[Column], styles: Sequence[str]) -> None:
     """Print a table: on a terminal as wide as that, with a style for each row; elsewhere whole and plain."""
     console = Console(highlight=False)
@@ -60,9 +66,9 @@ def show_table(columns: Sequence[Column], styles: Sequence[str]) -> None:
         print("\n".join(lines))
         return
     for text, style in zip(lines, ["bold", *styles], strict=True):
-        console.print(line(text, style))
+        print_line(console, text, style)
     if dropped:
-        console.print(line(f"for want of room not shown: {', '.join(dropped)}", "dim"))
+        print_line(console, f"for want of room not shown: {', '.join(dropped)}", "dim")
 
 
 def show_leaderboard(
@@ -135,6 +141,7 @@ def show_status(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRec
     driver = f"pid {status.pid} on {status.host}" if status.pid else "none yet"
     facts = {
         "sweep": spec.name,
+        "data": "; ".join(data_text(status.data)) or "not read yet",
         "status": status.status + (f" ({status.message})" if status.message else ""),
         "trials": f"{counts}; {spec.budget.trials} asked for",
         "base": scores_text(status.baseline) or "not measured yet",

@@ -147,7 +147,9 @@ def promote(
 
 
 def _checkpoint(record: Trial, report: Report) -> str:
-    if report.adapter_path is None or not Path(report.adapter_path).is_dir():
+    if report.adapter_path is None:
+        raise PromotionRefused([f"the adapter of trial {record.number} was not kept, see storage.keep_best"])
+    if not Path(report.adapter_path).is_dir():
         raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"])
     return report.adapter_path
 

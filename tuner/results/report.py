@@ -10,6 +10,7 @@ from tuner.results.text import (
     Column,
     change,
     count,
+    data_text,
     describe,
     duration,
     ending,
@@ -57,7 +58,7 @@ def _asked(spec: SweepSpec, status: SweepStatus) -> str:
     lines = [
         f"- model: `{spec.model.name}` ({spec.model.dtype}, quantization {spec.model.quantization})",
         f"- data: `{spec.data.path}`",
-        *(f"  - {key}: {value}" for key, value in status.data.items() if isinstance(value, int | float | str)),
+        *(f"  - {line}" for line in data_text(status.data)),
         f"- objective: {spec.objective.goal} {spec.objective.metric}",
         f"- budget: {spec.budget.trials} trials of {budget}, {spec.budget.evals_per_trial} evaluations each",
         f"- search: {spec.search.sampler}, early stopping {spec.stopping.type}",

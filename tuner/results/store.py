@@ -274,8 +274,8 @@ def driver_lives(status: SweepStatus) -> bool:
 def _already_there(folder: SweepFolder) -> TunerError:
     if folder.spec.exists():
         return TunerError(
-            f"sweep {folder.name!r} exists already in {folder.path}: continue it with `tuner resume {folder.name}`, "
-            "or give this one another name (--set name=...)"
+            f"sweep {folder.name!r} exists already in {folder.path}: `tuner results {folder.name}` shows it, "
+            f"`tuner resume {folder.name}` continues it if it was cut off, `--set name=...` gives this one another name"
         )
     return TunerError(f"{folder.path} exists but is no sweep (it has no spec.yaml): move it away")
 
@@ -283,8 +283,9 @@ def _already_there(folder: SweepFolder) -> TunerError:
 def _no_such_sweep(folder: SweepFolder) -> str:
     names = sweep_names(folder.path.parent)
     near = get_close_matches(folder.name, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; there: {', '.join(names[:10]) or 'no sweep'}"
-    return f"no sweep {folder.name!r} in {folder.path.parent}{hint}"
+    there = f"there: {', '.join(names[:10])}" if names else "there is none (--root or TUNER_ROOT say where to look)"
+    hint = f"did you mean {' or '.join(near)}?" if near else there
+    return f"no sweep {folder.name!r} in {folder.path.parent}; {hint}"
 
 
 def sweep_names(sweeps: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,29 @@ def scores_text(scores: dict[str, Any]) -> str:
     """`eval_loss 2.7123, accuracy 0.4512`, of what there is."""
     names = {"eval_loss": "eval_loss", "mean_token_accuracy": "accuracy"}
     return ", ".join(f"{name} {figure(scores[key])}" for key, name in names.items() if scores.get(key) is not None)
+
+
+def data_text(summary: Mapping[str, Any]) -> list[str]:
+    """What the data came to, a line each: the rows, and those that could not be used, with the first few by number."""
+    if not summary:
+        return []
+    counted = {
+        "read": summary["rows_read"],
+        "to train on": summary["rows_train"],
+        "to evaluate on": summary["rows_eval"],
+        "cut at max_length": summary["truncated"] or None,
+        "in both, not trained on": summary["duplicates_removed"] or None,
+    }
+    parts = [f"{count(number)} {what}" for what, number in counted.items() if number is not None]
+    lines = [f"{summary['format']} rows: {', '.join(parts)}; {count(summary['train_tokens'])} tokens"]
+    for key, what in {"dropped": "dropped", "eval_dropped": "dropped from the evaluation set"}.items():
+        reasons = [
+            f"{count(entry['count'])} {reason} (row {', '.join(map(str, entry['rows']))}"
+            + (", ...)" if entry["count"] > len(entry["rows"]) else ")")
+            for reason, entry in summary[key].items()
+        ]
+        lines += [f"{what}: {', '.join(reasons)}"] if reasons else []
+    return lines
 
 
 def ending(record: TrialRecord) -> str:

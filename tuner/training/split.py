@@ -97,7 +97,7 @@ def _write(examples: Iterator[tuple[int, str]], file: Path, progress: Progress) 
         for batch in _batched(examples, 1000):
             writer.write_batch(pa.record_batch([list(column) for column in zip(*batch, strict=True)], schema=schema))
             count += len(batch)
-            progress("reading", count, 0)
+            progress("Reading", count, 0)
     return count
 
 

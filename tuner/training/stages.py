@@ -50,7 +50,7 @@ def build_tokens(
     drops = {}
     for name, split in splits.items():
         # A progress callback cannot cross into other processes.
-        steps = (lambda count, done=done: report("tokenizing", done + count, total)) if not num_proc else None
+        steps = (lambda count, done=done: report("Tokenising", done + count, total)) if not num_proc else None
         with _scratch(folder) as work:
             mapped = split.map(
                 _tokenize_batch,
@@ -66,7 +66,7 @@ def build_tokens(
                 raise DataError(f"nothing left to {purpose} on of {len(split)} rows; {describe_drops(drops[name])}")
             kept.select_columns(["number", "input_ids", "labels"]).save_to_disk(str(folder / name))
         done += len(split)
-        report("tokenizing", done, total)
+        report("Tokenising", done, total)
     return {"dropped": drops["train"], "eval_dropped": drops["eval"]}
 
 
@@ -97,7 +97,7 @@ def build_train(tokens: Path, key: Mapping[str, Any], folder: Path, report: Prog
     """
     packing, max_length = key["packing"], key["max_length"]
     rows = datasets.load_from_disk(str(tokens))
-    report("packing", 0, len(rows))
+    report("Packing", 0, len(rows))
     with _scratch(folder) as work:
         if packing in ("none", "bfd"):
             mode = key["truncation_mode"] if packing == "none" else "keep_start"
@@ -119,7 +119,7 @@ def build_train(tokens: Path, key: Mapping[str, Any], folder: Path, report: Prog
         if "seed" in key:
             rows = rows.shuffle(seed=key["seed"], keep_in_memory=True)
         rows.save_to_disk(str(folder / "rows"))
-    report("packing", counts["rows"], counts["rows"])
+    report("Packing", counts["rows"], counts["rows"])
     return counts | _count(rows) | {"sequences": len(rows)}
 
 
