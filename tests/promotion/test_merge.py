@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuner.promotion.merge import load_saved, merge
-from tuner.promotion.samples import pick_prompts
+from tuner.promotion.samples import pick_prompts, prompt_text
 from tuner.spec.sweep import ModelSpec
 from tuner.training.model import load_model
 
@@ -96,3 +96,12 @@ def rows_of() -> Callable[..., Any]:
     from datasets import Dataset
 
     return lambda *rows: Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows])
+
+
+def test_a_prompt_is_shown_as_it_was_asked(tiny_model_dir: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    asked = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    asked += [{"role": "user", "content": "user of what?\nTell me."}]
+    chat = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert prompt_text(tokenizer, chat) == "user of what?\nTell me."
+    assert prompt_text(tokenizer, tokenizer("Add 2 and 3.")["input_ids"]) == "Add 2 and 3."

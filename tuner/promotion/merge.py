@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tuner.errors import PromotionRefused, TunerError
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
-from tuner.promotion.samples import generate, pick_prompts
+from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.training.evaluation import score
 from tuner.training.model import _source, describe, load_model, load_tokenizer
 from tuner.training.tokens import configure_tokenizer
@@ -88,7 +88,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
         "incumbent": incumbent,
         "reasons": reasons,
         "samples": [
-            {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "before": old, "after": new}
+            {"prompt": prompt_text(tokenizer, prompt), "before": old, "after": new}
             for prompt, old, new in zip(prompts, before, after, strict=True)
         ],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 48
+_ROLE = re.compile(r"(system|developer|user|assistant|model|tool)(\n|$)")
 
 
 def pick_prompts(rows: Dataset, count: int) -> list[list[int]]:
@@ -28,6 +31,22 @@ def pick_prompts(rows: Dataset, count: int) -> list[list[int]]:
         # The first token is never a target, so a row of plain text may begin with one ignored label.
         prompts.append(row["input_ids"][: start if start > 1 else max(1, len(row["input_ids"]) // 2)])
     return prompts
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """A prompt as a person would have typed it: of a chat, what was said last before the answer, without markers."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    said = [
+        _without_role(str(tokenizer.decode(list(tokens))).strip())
+        for is_special, tokens in groupby(prompt, key=special.__contains__)
+        if not is_special
+    ]
+    return next((text for text in reversed(said) if text), "")
+
+
+def _without_role(text: str) -> str:
+    role = _ROLE.match(text)
+    return text[role.end() :].strip() if role else text
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[str]:
