@@ -1,0 +1,238 @@
+"""The contract of the shared base: a slot gives what its trial gives alone, whoever its neighbours are."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tuner.errors import InfeasibleError
+from tuner.spec.load import parse_spec
+from tuner.spec.space import resolve
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Report, TrialConfig, milestones
+from tuner.training.baseline import Preparation, prepare_rows, prepare_sweep
+from tuner.training.model import load_model
+from tuner.training.shared.engine import Engine
+from tuner.training.trial import run_trial
+
+TOKENS, EVALS = 2400, 12
+
+VARIANTS: list[dict[str, Any]] = [
+    # packing none; two rows a step; a constant rate
+    {"train": {"packing": "none", "learning_rate": 4e-3, "lr_scheduler_type": "constant"}, "lora": {"r": 4}},
+    # padding-free packing, accumulation, another seed, schedule and warm-up; rsLoRA on some layers only
+    {
+        "train": {
+            "packing": "bfd",
+            "max_length": 32,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 5,
+            "gradient_accumulation_steps": 2,
+            "weight_decay": 0.1,
+            "seed": 7,
+        },
+        "lora": {"r": 8, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    },
+    # wrapped packing, one row a step, tight clipping, other betas
+    {
+        "train": {
+            "packing": "wrapped",
+            "learning_rate": 2e-3,
+            "per_device_train_batch_size": 1,
+            "max_grad_norm": 0.1,
+            "adam_beta2": 0.95,
+            "seed": 1,
+        },
+        "lora": {"r": 16, "lora_alpha": 32},
+    },
+    {"train": {"packing": "bfd_split", "max_length": 40, "learning_rate": 1e-3}, "lora": {"r": 3}},
+]
+
+
+def spec_for(tiny_model_dir: Path, folder: Path, **changes: Any) -> SweepSpec:
+    rows = [
+        {"prompt": f"What is {i} plus {j}?", "completion": f" It is {i + j}, of course." * (1 + j % 4)}
+        for i in range(12)
+        for j in range(8)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    values: dict[str, Any] = {
+        "name": "slots",
+        "model": {"name": str(tiny_model_dir), "dtype": "float32"},
+        "data": {"path": "rows.jsonl", "eval_fraction": 0.2},
+        "train": {"per_device_train_batch_size": 2, "gradient_checkpointing": False},
+        "space": {"train.max_length": {"type": "choice", "values": [32, 40, 48]}},
+        "budget": {"trials": 4, "tokens_per_trial": TOKENS, "evals_per_trial": EVALS},
+        "stopping": {"type": "none"},
+        "storage": {"root": str(folder / "runs")},
+    }
+    return parse_spec(values | changes, folder)
+
+
+def configs_for(spec: SweepSpec, variants: list[dict[str, Any]] = VARIANTS) -> list[TrialConfig]:
+    configs = [resolve(spec, number, {"train.max_length": 48}) for number in range(len(variants))]
+    for config, variant in zip(configs, variants, strict=True):
+        config["train"] |= variant["train"]
+        config["lora"] = {**(config["lora"] or {}), **variant["lora"]}
+    return configs
+
+
+class Sweep:
+    """A prepared sweep on the tiny model, and an engine when one is asked for."""
+
+    def __init__(self, tiny_model_dir: Path, folder: Path, **changes: Any):
+        self.folder = folder
+        self.spec = spec_for(tiny_model_dir, folder, **changes)
+        self.facts: Preparation = prepare_sweep(self.spec, lambda stage, done, total: None)
+
+    def alone(self, config: TrialConfig) -> list[Report]:
+        reports: list[Report] = []
+        output = self.folder / f"alone-{config['number']}"
+        run_trial(self.spec, config, self.facts, output, lambda report, save: reports.append(report))
+        return reports
+
+    def engine(self) -> Engine:
+        base = load_model(self.spec.model.model_dump(), self.folder / "cache")
+        return Engine(self.spec, base, self.facts, prepare_rows(self.spec, self.spec.train).eval)
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return Sweep(tiny_model_dir, tmp_path_factory.mktemp("slots"))
+
+
+@pytest.fixture
+def engine(sweep: Sweep) -> Iterator[Engine]:
+    engine = sweep.engine()
+    yield engine
+    engine.close()
+
+
+def drive(engine: Engine, config: TrialConfig, into: dict[int, list[Report]], evals: int = EVALS) -> None:
+    engine.attach(config)
+    for milestone in milestones(TOKENS, EVALS)[:evals]:
+        into.setdefault(config["number"], []).append(engine.advance(config["number"], milestone))
+    engine.detach(config["number"])
+
+
+def drive_attached(engine: Engine, number: int) -> None:
+    for milestone in milestones(TOKENS, EVALS):
+        engine.advance(number, milestone)
+
+
+def together(engine: Engine, configs: list[TrialConfig]) -> dict[int, list[Report]]:
+    reports: dict[int, list[Report]] = {}
+    threads = [threading.Thread(target=drive, args=(engine, config, reports)) for config in configs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=240)
+        assert not thread.is_alive()
+    return reports
+
+
+def differences(some: list[Report], others: list[Report]) -> dict[str, float]:
+    keys = ("tokens", "trained_tokens", "step", "epoch", "train_loss", "grad_norm", "learning_rate", "eval_loss")
+    assert len(some) == len(others)
+    return {key: max(abs(getattr(a, key) - getattr(b, key)) for a, b in zip(some, others, strict=True)) for key in keys}
+
+
+def test_slots_that_differ_in_everything_train_as_they_would_alone(sweep, engine):
+    configs = configs_for(sweep.spec)
+    joint = together(engine, configs)
+    for config in configs:
+        found = differences(sweep.alone(config), joint[config["number"]])
+        assert found.pop("grad_norm") < 1e-3  # a norm over thousands of products, itself above 1
+        assert max(found.values()) < 1e-4, (config["number"], found)
+    assert max(report.step for reports in joint.values() for report in reports) > 50
+
+
+def test_slots_that_come_and_go_do_not_change_a_slot(sweep, engine):
+    configs = configs_for(sweep.spec)
+    steady: dict[int, list[Report]] = {}
+    thread = threading.Thread(target=drive, args=(engine, configs[0], steady))
+    thread.start()
+    for number, evals in [(1, 2), (2, 1), (3, 3), (1, 1)]:  # attach, train a little, detach in the middle
+        drive(engine, configs[number], {}, evals)
+    thread.join(timeout=240)
+    assert max(differences(sweep.alone(configs[0]), steady[0]).values()) < 1e-4
+
+
+def test_the_adapter_of_a_slot_is_the_adapter_of_its_trial(sweep, engine):
+    config = configs_for(sweep.spec)[1]
+    report = together(engine, [config])[1][-1]
+    saved = load_file(Path(report.adapter_path or "") / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == {"q_proj", "down_proj"}
+    assert max(tensor.abs().max() for name, tensor in saved.items() if "lora_B" in name) > 0
+
+
+def test_a_slot_that_diverges_or_fails_ends_alone(sweep, engine):
+    configs = configs_for(sweep.spec)
+    configs[1]["train"]["learning_rate"] = 1e30
+    configs[2]["train"]["optim"] = "lomo"  # needs a package that is not installed
+    good: dict[int, list[Report]] = {}
+    thread = threading.Thread(target=drive, args=(engine, configs[0], good))
+    thread.start()
+    for number, error in [(1, InfeasibleError), (2, ImportError)]:
+        engine.attach(configs[number])
+        with pytest.raises(error):
+            drive_attached(engine, number)
+        engine.detach(number)
+    thread.join(timeout=240)
+    assert max(differences(sweep.alone(configs[0]), good[0]).values()) < 1e-4
+
+
+def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
+    config = configs_for(sweep.spec)[0]
+    before = threading.active_count()
+    engine.attach(config)
+    engine.advance(0, milestones(TOKENS, EVALS)[0])
+    engine.detach(0)
+    assert threading.active_count() == before
+    assert not any(linear.adapters for linear in engine._joint._linears.values())
+    engine.detach(0)  # twice is as good as once
+
+
+def test_dropout_noise_and_checkpointing_learn_as_well_as_alone(tiny_model_dir, tmp_path):
+    """Random masks cannot be equal; the losses they lead to agree within what another seed changes."""
+    train = {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
+    sweep = Sweep(tiny_model_dir, tmp_path, train=train)
+    variant = {"train": {"learning_rate": 4e-3, "neftune_noise_alpha": 5}, "lora": {"r": 8, "lora_dropout": 0.2}}
+    (config,) = configs_for(sweep.spec, [variant])
+    engine = sweep.engine()
+    joint = together(engine, [config])[0][-1]
+    engine.close()
+    alone = sweep.alone(config)[-1]
+    assert joint.eval_loss == pytest.approx(alone.eval_loss, abs=0.05)
+    assert joint.eval_loss < sweep.facts.baseline["eval_loss"] - 0.3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_bfloat16_or_four_bit_base_can_be_shared(quantization, tiny_model_dir, tmp_path):
+    """bfloat16 rounds differently along another path: losses agree to a few parts in a thousand."""
+    model = {"name": str(tiny_model_dir), "dtype": "bfloat16", "quantization": quantization}
+    sweep = Sweep(tiny_model_dir, tmp_path, model=model)
+    configs = configs_for(sweep.spec)[:2]
+    engine = sweep.engine()
+    joint = together(engine, configs)
+    engine.close()
+    for config in configs:
+        alone = sweep.alone(config)
+        assert joint[config["number"]][0].eval_loss == pytest.approx(alone[0].eval_loss, abs=0.02)
+        assert joint[config["number"]][-1].eval_loss == pytest.approx(alone[-1].eval_loss, abs=0.05)
+
+
+def test_the_base_itself_is_never_changed(sweep):
+    engine = sweep.engine()
+    before = {name: tensor.clone() for name, tensor in engine._base.state_dict().items()}
+    together(engine, configs_for(sweep.spec)[:1])
+    engine.close()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine._base.state_dict().items())
