@@ -20,7 +20,8 @@ from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows
 from tuner.training.budget import StepPlan, plan_steps
-from tuner.training.evaluation import score
+from tuner.training.dataset import DEFAULT_SEED
+from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
 from tuner.training.tokens import configure_tokenizer
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 Emit = Callable[[Report, Callable[[Path], None]], None]
 """Takes a report and a function that saves the adapter it scores into a folder; called on every rank."""
+
+ScoreFunction = Callable[[Any, Dataset, int], Score]
+"""Scores a model on rows with a batch size, as `evaluation.score` does."""
 
 # What `tuner.training.dataset` has already applied to the rows; SFTTrainer would look for it in raw ones.
 _PREPARED_FIELDS = frozenset(
@@ -47,21 +51,32 @@ def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_d
     Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain) and
     DataError when the data are not those the sweep began with; an out-of-memory error of torch's is left as it is.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(config["model"], Root(Path(spec.storage.root)).cache, device)
+    planned_trainer(spec, config, sweep, model, output_dir, emit).train()
+
+
+def planned_trainer(
+    spec: SweepSpec,
+    config: TrialConfig,
+    sweep: Preparation,
+    model: PreTrainedModel,
+    output_dir: Path,
+    emit: Emit,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
+    score: ScoreFunction = score,
+) -> SFTTrainer:
+    """The trainer of one trial, ready for `train()`: data prepared, steps planned, reports at the milestones."""
     cache = Root(Path(spec.storage.root)).cache
     prepared = prepare_rows(spec, config["train"])
     if prepared.summary["fingerprints"] != sweep.data["fingerprints"]:
         raise DataError(f"{spec.data.path} has changed since the sweep began: its trials could not be compared")
-    trainer = build_trainer(
-        config,
-        model=load_model(config["model"], cache, device="cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer=tokenizer_for(config, cache),
-        train_rows=load_from_disk(str(prepared.train)),
-        output_dir=output_dir,
-    )
+    rows = load_from_disk(str(prepared.train))
+    trainer = build_trainer(config, model, tokenizer_for(config, cache), rows, output_dir, trainer_class)
     plan = plan_steps(trainer, milestones(sweep.tokens_per_trial, spec.budget.evals_per_trial))
     trainer.args.max_steps = plan.max_steps
-    trainer.add_callback(ReportAtMilestones(plan, load_from_disk(str(prepared.eval)), emit))
-    trainer.train()
+    trainer.add_callback(ReportAtMilestones(plan, load_from_disk(str(prepared.eval)), emit, score))
+    return trainer
 
 
 def tokenizer_for(config: TrialConfig, cache: Path) -> PreTrainedTokenizerBase:
@@ -77,9 +92,10 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     output_dir: Path,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
 ) -> SFTTrainer:
     """The trainer of one trial, over rows that are already tokenised and packed."""
-    return SFTTrainer(
+    return trainer_class(
         model=model,
         args=sft_config(config, output_dir),
         train_dataset=train_rows,
@@ -92,6 +108,9 @@ def sft_config(config: TrialConfig, output_dir: Path) -> SFTConfig:
     """TRL's settings of one trial: the user's, and those the service owns."""
     train = {field: value for field, value in config["train"].items() if field not in _PREPARED_FIELDS}
     packing = train.pop("packing", "none")
+    # The order of the data follows from the trial's own seed, not from what else seeds this process meanwhile.
+    if train.get("data_seed") is None:
+        train["data_seed"] = train.get("seed", DEFAULT_SEED)
     return SFTConfig(
         **train,
         output_dir=str(output_dir),
@@ -122,10 +141,11 @@ def lora_config(config: TrialConfig) -> LoraConfig | None:
 class ReportAtMilestones(TrainerCallback):
     """Has the trainer log at every milestone, scores the model there, and emits one Report."""
 
-    def __init__(self, plan: StepPlan, eval_rows: Dataset, emit: Emit):
+    def __init__(self, plan: StepPlan, eval_rows: Dataset, emit: Emit, score: ScoreFunction):
         self._plan = plan
         self._eval_rows = eval_rows
         self._emit = emit
+        self._score = score
         self._started = self._resumed = time.monotonic()
         self._tokens_then = 0
 
@@ -141,7 +161,7 @@ class ReportAtMilestones(TrainerCallback):
             return
         milestone, trained_tokens = self._plan.evaluations[state.global_step]
         seconds = time.monotonic() - self._resumed
-        result = score(model, self._eval_rows, args.per_device_eval_batch_size)
+        result = self._score(model, self._eval_rows, args.per_device_eval_batch_size)
         report = Report(
             tokens=milestone,
             trained_tokens=trained_tokens,
