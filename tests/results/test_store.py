@@ -331,3 +331,19 @@ def test_the_speed_of_a_trial_leaves_evaluations_out(tmp_path):
     store.add_report(0, make_report(BUDGET, 2.0, trained_tokens=1000, tokens_per_s=50.0, duration_s=90.0))
     assert store.record(0).tokens_per_s == pytest.approx(1000 / (5 + 10))
     assert store.record(0).duration_s == 90.0
+
+
+def test_records_that_are_damaged_or_of_another_version_are_said_to_be(tmp_path):
+    made = make_sweep(tmp_path, [], name="older")
+    with sqlite3.connect(made.folder.study) as connection:
+        connection.execute("ALTER TABLE tuner_sweeps DROP COLUMN promoted")
+    with pytest.raises(TunerError, match="another version of tuner, which knew no promoted"):
+        Store.open(made.folder)
+    with sqlite3.connect(made.folder.study) as connection:
+        connection.execute("DROP TABLE tuner_reports")
+    with pytest.raises(TunerError, match="cannot be read: no table tuner_reports"):
+        Store.open(made.folder)
+    damaged = make_sweep(tmp_path, [], name="damaged")
+    damaged.folder.study.write_bytes(b"garbage" * 1000)
+    with pytest.raises(TunerError, match="cannot be read: file is not a database"):
+        Store.open(damaged.folder)

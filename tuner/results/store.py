@@ -79,7 +79,10 @@ class Store:
 
     @classmethod
     def open(cls, folder: SweepFolder) -> Store:
-        """The sweep in a folder, for reading and, by its driver, for going on. Raises `NotFoundError`."""
+        """The sweep in a folder, for reading and, by its driver, for going on.
+
+        Raises `NotFoundError`, and `TunerError` when its records are damaged or those of another version.
+        """
         if not folder.spec.exists():
             raise NotFoundError(_no_such_sweep(folder))
         asked = parse_yaml(folder.spec.read_text(encoding="utf-8"), str(folder.spec))
@@ -87,7 +90,9 @@ class Store:
         spec = SweepSpec.model_validate(asked)
         if spec.storage.study is None and not folder.study.exists():
             raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
-        return cls(spec, folder, database_url(spec, folder, "rw"))
+        store = cls(spec, folder, database_url(spec, folder, "rw"))
+        tables.check_tables(store._engine, spec.name)
+        return store
 
     def _create_tables(self) -> None:
         import optuna

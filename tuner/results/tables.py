@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
 
+from tuner.errors import TunerError
 from tuner.results.record import SweepStatus, TrialRecord
 from tuner.spec.trial import Outcome, Report
 
@@ -65,6 +66,24 @@ REPORTS = sa.Table(
     ),
     sa.Column("time", UTCDateTime),
 )
+
+
+def check_tables(engine: sa.Engine, sweep: str) -> None:
+    """Raise `TunerError` when the tables cannot be read, or lack what this version reads."""
+    try:  # a border: the file may be damaged, the server away
+        inspector = sa.inspect(engine)
+        there = {table: [column["name"] for column in inspector.get_columns(table)] for table in METADATA.tables}
+    except (sa.exc.DBAPIError, sa.exc.NoSuchTableError) as error:
+        why = error.orig if isinstance(error, sa.exc.DBAPIError) else f"no table {error}"
+        raise TunerError(f"the records of sweep {sweep!r} cannot be read: {why}") from error
+    for table in METADATA.sorted_tables:
+        missing = [column.name for column in table.columns if column.name not in there[table.name]]
+        if missing:
+            raise TunerError(
+                f"sweep {sweep!r} was recorded by another version of tuner, which knew no {', '.join(missing)}: "
+                "look at it with that one"
+            )
+
 
 _FLOATS = [field.name for field in dataclasses.fields(Report) if field.type == "float"]
 
