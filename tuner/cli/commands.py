@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_js
         from tuner.cli.screens import show_spec
 
         show_spec(spec)
-        typer.echo(f"tuner run {file}" + "".join(f" --set {override}" for override in set_ or []) + _root(root))
+        typer.echo(_run_command(file, set_, root))
     raise typer.Exit(0 if spec else 2)
 
 
@@ -95,7 +96,7 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
     from tuner.cli.live import watching
 
     spec = api.load_spec(file, *(set_ or []), root=root)
-    with _resumable(spec, root), watching(spec, quiet) as display:
+    with _resumable(spec, root, _run_command(file, set_, root)), watching(spec, quiet) as display:
         sweep = api.run(spec, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, root))
 
@@ -280,12 +281,19 @@ def main() -> None:
 
 
 @contextmanager
-def _resumable(spec: SweepSpec, root: Path | None) -> Iterator[None]:
-    """Say, as the last line after an interrupt, how to go on."""
+def _resumable(spec: SweepSpec, root: Path | None, not_begun: str = "") -> Iterator[None]:
+    """Say, as the last line after an interrupt, how to go on: by `not_begun` where there is no sweep yet."""
+    from tuner.spec.layout import Root
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts with SIGINT ignored
     try:
         yield
     except KeyboardInterrupt:
-        _say_how_to_resume(spec.name, root)
+        if Root(Path(spec.storage.root)).sweep(spec.name).spec.exists():
+            _say_how_to_resume(spec.name, root)
+        else:
+            typer.echo("interrupted before the sweep began", err=True)
+            typer.echo(not_begun, err=True)
         raise
 
 
@@ -311,6 +319,11 @@ def _print_end(sweep: Sweep, root: Path | None) -> int:
     number = "" if sweep.best or not records else f" {records[0].number}"
     typer.echo(f"tuner show {sweep.name}{number}" + _root(root))
     return 0 if state.status == "finished" else 1
+
+
+def _run_command(file: Path, overrides: list[str] | None, root: Path | None) -> str:
+    sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+    return f"tuner run {shlex.quote(str(file))}{sets}" + _root(root)
 
 
 def _root(root: Path | None) -> str:

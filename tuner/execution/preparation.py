@@ -14,13 +14,16 @@ from tuner.execution.machine import Placement
 from tuner.spec.sweep import SweepSpec
 
 
-def prepare_on_ray(spec: SweepSpec, placement: Placement, log: Path, display: Display) -> dict[str, Any]:
-    """`prepare_sweep` in a process with one worker's resources; returns its facts as a plain dict."""
+def prepare_on_ray(
+    spec: SweepSpec, known: dict[str, Any] | None, placement: Placement, log: Path, display: Display
+) -> dict[str, Any]:
+    """`prepare_sweep` in a process with one worker's resources; takes and returns its facts as a plain dict."""
+    display.stage("Loading the libraries")
     events = Queue(actor_options={"num_cpus": 0})
     task = ray.remote(_prepare).options(
         num_cpus=placement.resources["CPU"], num_gpus=placement.resources.get("GPU", 0), max_retries=0
     )
-    pending = task.remote(spec.model_dump(mode="json"), placement.threads, str(log), events)
+    pending = task.remote(spec.model_dump(mode="json"), known, placement.threads, str(log), events)
     try:
         ready: list[Any] = []
         while not ready:
@@ -41,11 +44,14 @@ def _show(display: Display, stage: str, done: int, total: int) -> None:
         display.stage(stage)
 
 
-def _prepare(spec: dict[str, Any], threads: int, log: str, events: Queue) -> dict[str, Any]:
+def _prepare(
+    spec: dict[str, Any], known: dict[str, Any] | None, threads: int, log: str, events: Queue
+) -> dict[str, Any]:
     log_process_to(Path(log))
     import torch
 
-    from tuner.training.baseline import prepare_sweep
+    from tuner.training.baseline import Preparation, prepare_sweep
 
     torch.set_num_threads(threads)
-    return prepare_sweep(SweepSpec.model_validate(spec), lambda *event: events.put(event)).as_dict()
+    facts = Preparation(**known) if known else None
+    return prepare_sweep(SweepSpec.model_validate(spec), lambda *event: events.put(event), facts).as_dict()

@@ -30,6 +30,11 @@ class Ending:
     log_tail: str | None = None
 
 
+def remaining_trials(spec: SweepSpec, study: optuna.Study) -> int:
+    """How many trials are still to be run, or to be run again."""
+    return spec.budget.trials - sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+
 class Search:
     """Proposes trials, decides which go on, and records in Optuna what became of each.
 
@@ -56,7 +61,7 @@ class Search:
         if not trials:
             for point in spec.search.enqueue:
                 study.enqueue_trial(point)
-        self.remaining = spec.budget.trials - sum(trial.state.is_finished() for trial in trials)
+        self.remaining = remaining_trials(spec, study)
         """How many trials are still to be asked for."""
 
     def ask(self) -> TrialConfig | None:

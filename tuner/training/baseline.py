@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 
-from tuner.errors import Problem, SpecError
+from tuner.errors import DataError, Problem, SpecError
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
@@ -43,11 +43,17 @@ def prepare_rows(spec: SweepSpec, train: dict[str, Any], progress: Progress | No
     return prepare(spec.data.model_dump(), train, tokenizer, cache, eval_max_length(spec), progress)
 
 
-def prepare_sweep(spec: SweepSpec, progress: Progress) -> Preparation:
-    """Tokenise, convert the budget to tokens, and score the base. The sweep keeps its own copy of the eval set."""
+def prepare_sweep(spec: SweepSpec, progress: Progress, known: Preparation | None = None) -> Preparation:
+    """Tokenise, convert the budget to tokens, and score the base. The sweep keeps its own copy of the eval set.
+
+    Of a sweep that goes on, `known` is what was found at its start; it is returned if the data are still the same.
+    """
     root = Root(Path(spec.storage.root))
-    progress("Preparing the data", 0, 0)
+    progress("Loading the tokenizer", 0, 0)
     prepared = prepare_rows(spec, spec.train, progress)
+    if known is not None:
+        refuse_changed_data(spec, prepared, known)
+        return known
     tokens = tokens_per_trial(spec, prepared.summary)
     progress("Loading the base", 0, 0)
     model = load_model(spec.model.model_dump(), root.cache, "cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +62,12 @@ def prepare_sweep(spec: SweepSpec, progress: Progress) -> Preparation:
     progress("Measuring the base", 0, 0)
     result = score(model, load_from_disk(str(eval_rows)), spec.train.get("per_device_eval_batch_size", 8))
     return Preparation(tokens, prepared.summary, result.as_dict())
+
+
+def refuse_changed_data(spec: SweepSpec, prepared: Prepared, sweep: Preparation) -> None:
+    """Raise DataError when these are not the rows that the sweep began with."""
+    if prepared.summary["fingerprints"] != sweep.data["fingerprints"]:
+        raise DataError(f"{spec.data.path} has changed since the sweep began: its trials could not be compared")
 
 
 def tokens_per_trial(spec: SweepSpec, summary: dict[str, Any]) -> int:

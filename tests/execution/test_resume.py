@@ -1,0 +1,138 @@
+"""A sweep that is cut off at every stage and goes on each time, by the command a user types, on real Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from real_sweeps import Command, write_spec
+
+import tuner
+from tuner.results.record import SweepStatus, TrialRecord
+
+pytestmark = pytest.mark.timeout(600)
+
+NAME = "cut-off"
+BUDGET, FIRST = 12_000, 3_000
+
+
+@dataclass
+class Stop:
+    """What one command left behind."""
+
+    code: int
+    lines: list[str]
+    state: SweepStatus
+    trials: list[TrialRecord]
+
+
+@pytest.fixture(scope="module")
+def stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stop]:
+    """The whole story of one sweep of three trials, command by command."""
+    folder = tmp_path_factory.mktemp("resume")
+    budget = {"trials": 3, "tokens_per_trial": BUDGET, "evals_per_trial": 4}
+    file = write_spec(folder, tiny_model_dir, NAME, budget=budget, storage={"root": "runs"})
+    run = ("run", file, "--root", folder / "runs")
+    resume = ("resume", NAME, "--root", folder / "runs")
+    stops = {}
+
+    @contextmanager
+    def command(moment: str, *arguments: object) -> Iterator[Command]:
+        running = Command(*arguments, cwd=folder)
+        try:
+            yield running
+            code = running.end()
+        finally:
+            running.kill()
+        sweep = tuner.open(NAME, folder / "runs")
+        stops[moment] = Stop(code, running.lines, sweep.state(), sweep.records())
+
+    with command("preparing", *run) as running:
+        running.wait_for("Loading the base")
+        running.ctrl_c()
+    with command("searching", *resume) as running:
+        running.wait_for("trial 0 COMPLETED")
+        running.wait_for(f"trial 1 at {FIRST:,} tokens")
+        running.ctrl_c()
+    with command("cancelled", *resume) as running:
+        running.wait_for(f"trial 1 at {FIRST:,} tokens")
+        cancel = Command("cancel", NAME, "--root", folder / "runs", cwd=folder)
+        assert cancel.end() == 0, cancel.lines
+    with command("promoting", *resume) as running:
+        running.wait_for("measuring the merged model")
+        running.ctrl_c()
+    with command("done", *resume):
+        pass
+    return stops
+
+
+@pytest.mark.parametrize("moment", ["preparing", "searching", "cancelled", "promoting"])
+def test_it_ends_with_130_and_the_command_that_goes_on(stops, moment):
+    stop = stops[moment]
+    assert stop.code == 130, stop.lines
+    assert stop.lines[-1].startswith(f"tuner resume {NAME} --root ")
+    assert stop.state.status == ("cancelled" if moment == "cancelled" else "interrupted")
+    assert not any("Traceback" in line for line in stop.lines)
+
+
+def test_ctrl_c_before_the_sweep_has_begun_leaves_nothing_and_names_the_command_that_begins_it(
+    tiny_model_dir, tmp_path
+):
+    file = write_spec(tmp_path, tiny_model_dir, NAME, budget={"trials": 1, "tokens_per_trial": BUDGET})
+    running = Command("run", file, "--root", tmp_path / "runs", cwd=tmp_path)
+    try:
+        running.wait_for("Starting Ray")
+        running.ctrl_c()
+        assert running.end() == 130
+    finally:
+        running.kill()
+    assert running.lines[-1] == f"tuner run {file} --root {tmp_path / 'runs'}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_before_its_first_trial_there_is_none(stops):
+    assert stops["preparing"].trials == []
+    assert stops["preparing"].state.tokens_per_trial is None
+
+
+def test_a_trial_that_was_cut_off_is_left_unfinished_and_run_again_under_its_number(stops):
+    for moment in ("searching", "cancelled"):
+        assert [trial.outcome for trial in stops[moment].trials] == ["COMPLETED", "RUNNING"]
+    cut_off, again, done = (stops[moment].trials[1] for moment in ("searching", "cancelled", "done"))
+    assert cut_off.reports
+    assert cut_off.finished is None
+    assert cut_off.started < again.started < done.started
+    assert cut_off.point == again.point == done.point
+    assert done.outcome == "COMPLETED"
+    assert [report.tokens for report in done.reports] == [FIRST, 2 * FIRST, 3 * FIRST, BUDGET]
+    assert done.reports[0].eval_loss == pytest.approx(cut_off.reports[0].eval_loss, abs=1e-5)
+
+
+def test_a_finished_trial_is_not_run_again(stops):
+    finished = stops["searching"].trials[0]
+    assert all(stops[moment].trials[0] == finished for moment in ("cancelled", "promoting", "done"))
+
+
+def test_the_base_is_measured_once_and_only_once(stops):
+    measured = [moment for moment, stop in stops.items() if any("Measuring the base" in line for line in stop.lines)]
+    assert measured == ["searching"]
+    assert stops["searching"].state.baseline == stops["done"].state.baseline
+
+
+def test_when_only_the_promotion_was_cut_off_ray_does_not_start_again(stops):
+    assert [trial.outcome for trial in stops["promoting"].trials] == ["COMPLETED"] * 3
+    assert stops["promoting"].state.promoted is None
+    assert not any("Starting Ray" in line for line in stops["done"].lines)
+
+
+def test_in_the_end_there_are_as_many_trials_as_were_asked_for_and_a_promoted_model(stops):
+    done = stops["done"]
+    assert (done.code, done.state.status) == (0, "finished"), done.lines
+    assert [(trial.number, trial.outcome) for trial in done.trials] == [(n, "COMPLETED") for n in range(3)]
+    assert done.state.promoted["version"] == "v1"
+    assert (Path(done.state.promoted["path"]) / "model.safetensors").is_file()
+    elapsed = [stop.state.elapsed_s for stop in stops.values()]
+    assert elapsed == sorted(elapsed)
