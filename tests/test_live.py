@@ -119,7 +119,7 @@ def test_a_log_gets_one_line_per_event(store):
     for text in [
         "prompt_completion rows: 1,363 read, 1,300 to train on, 60 to evaluate on, 12 cut at max_length, "
         "1 in both, not trained on; 110,243 tokens",
-        "dropped: 2 empty (row 3, 9)",
+        "dropped: 2 empty (rows 3, 9)",
         "untuned base: eval_loss 3.0000, accuracy 0.4100; 1,000 tokens a trial",
         "trial 0 starts: lr=0.00021 packing=bfd r=16 alpha/r=2",
         "trial 0 at 750 tokens: eval_loss 2.6000, accuracy 0.5000, 310 tokens/s",

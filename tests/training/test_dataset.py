@@ -432,8 +432,8 @@ def test_progress_is_told_for_every_stage(tmp_path: Path, tokenizer: PreTrainedT
     told: list[tuple[str, int, int]] = []
     data = DataSpec(path=str(path)).model_dump()
     prepare(data, {}, tokenizer, tmp_path / "cache", 1024, lambda *event: told.append(event))
-    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["reading", "tokenizing", "packing"]
-    steps = [(done, total) for stage, done, total in told if stage == "tokenizing"]
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["Reading the data", "Tokenising", "Packing"]
+    steps = [(done, total) for stage, done, total in told if stage == "Tokenising"]
     assert steps == sorted(steps)
     assert steps[0] == (100, 150)
     assert steps[-1] == (150, 150)

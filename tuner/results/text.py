@@ -9,6 +9,7 @@ from typing import Any
 
 from tuner.results.ranking import best_trial, leaderboard
 from tuner.results.record import SweepStatus, TrialRecord
+from tuner.spec.drops import describe_drops
 from tuner.spec.space import Choice, Distribution, Int
 from tuner.spec.sweep import SweepSpec
 
@@ -129,13 +130,8 @@ def data_text(summary: Mapping[str, Any]) -> list[str]:
     }
     parts = [f"{count(number)} {what}" for what, number in counted.items() if number is not None]
     lines = [f"{summary['format']} rows: {', '.join(parts)}; {count(summary['train_tokens'])} tokens"]
-    for key, what in {"dropped": "dropped", "eval_dropped": "dropped from the evaluation set"}.items():
-        reasons = [
-            f"{count(entry['count'])} {reason} (row {', '.join(map(str, entry['rows']))}"
-            + (", ...)" if entry["count"] > len(entry["rows"]) else ")")
-            for reason, entry in summary[key].items()
-        ]
-        lines += [f"{what}: {', '.join(reasons)}"] if reasons else []
+    for key, done in {"dropped": "dropped", "eval_dropped": "dropped from the evaluation set"}.items():
+        lines += [describe_drops(summary[key], done)] if summary[key] else []
     return lines
 
 

@@ -12,25 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import DataError
+from tuner.spec.drops import Drops, drop
 from tuner.training.data import Row, read_rows
 from tuner.training.formats import COLUMNS_OF_FORMAT, MISSING, OPTIONAL_COLUMNS, WRONG_TYPE, as_json, to_example
 
-Drops = dict[str, dict[str, Any]]
-
 SAMPLE_ROWS = 100
-NAMED_ROWS = 5
 _WAYS_OUT = (
     "ways out: data.format names the format, data.columns renames (expected: actual), data.template makes a text of "
     "{column} fields, data.formatter converts rows in Python"
 )
-
-
-def drop(drops: Drops, reason: str, number: int) -> None:
-    """Count a row that cannot be used, and remember the first few by number."""
-    entry = drops.setdefault(reason, {"count": 0, "rows": []})
-    entry["count"] += 1
-    if len(entry["rows"]) < NAMED_ROWS:
-        entry["rows"].append(number)
 
 
 def read_examples(

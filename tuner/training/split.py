@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tuner.errors import DataError
+from tuner.spec.drops import Drops, describe_drops
 from tuner.training.data import source_fingerprint
-from tuner.training.examples import Drops, formatter_source, read_examples
+from tuner.training.examples import formatter_source, read_examples
 
 if TYPE_CHECKING:
     import datasets
@@ -97,7 +98,7 @@ def _write(examples: Iterator[tuple[int, str]], file: Path, progress: Progress) 
         for batch in _batched(examples, 1000):
             writer.write_batch(pa.record_batch([list(column) for column in zip(*batch, strict=True)], schema=schema))
             count += len(batch)
-            progress("Reading", count, 0)
+            progress("Reading the data", count, 0)
     return count
 
 
@@ -137,14 +138,3 @@ def _save(rows: datasets.Dataset, indices: list[int], folder: Path, digest: hash
 
 def _account(summary: Mapping[str, Any]) -> str:
     return f"{summary['rows_read']} rows read, {describe_drops(summary['dropped'])}"
-
-
-def describe_drops(drops: Drops) -> str:
-    """Return e.g. `dropped: 2 empty (rows 3, 9)`, as an error message and the command line show it."""
-    if not drops:
-        return "none dropped"
-    parts = []
-    for reason, entry in drops.items():
-        more = ", ..." if entry["count"] > len(entry["rows"]) else ""
-        parts.append(f"{entry['count']} {reason} (rows {', '.join(map(str, entry['rows']))}{more})")
-    return "dropped: " + ", ".join(parts)

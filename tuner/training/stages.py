@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from trl import pack_dataset
 
 from tuner.errors import DataError
-from tuner.training.examples import Drops, drop
-from tuner.training.split import Progress, describe_drops
+from tuner.spec.drops import Drops, describe_drops, drop
+from tuner.training.split import Progress
 from tuner.training.tokens import IGNORED, Masking, tokenize
 
 if TYPE_CHECKING:
