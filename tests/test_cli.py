@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from made_by_hand import TRIALS, Made, make_sweep
+from made_by_hand import TRIALS, Made, make_spec, make_sweep
 from typer.testing import CliRunner, Result
 
 import tuner
@@ -111,9 +112,50 @@ def test_the_list_of_sweeps_is_newest_first_and_names_what_cannot_be_read(tmp_pa
     assert list(tuner.sweeps(tmp_path)["name"]) == ["newer", "older", "broken"]
 
 
+def test_the_version_is_that_of_the_package(root):
+    assert tuner_command(root, "--version").stdout == f"tuner {version('tuner')}\n"
+
+
+def test_the_next_command_can_be_typed_where_tuner_is_not_on_the_path(root, tmp_path):
+    (tmp_path / "tuner").write_text("from tuner.cli import main; main()")
+    command = [sys.executable, tmp_path / "tuner", "results", "pydoc-lora"]
+    for path, called in (("/usr/bin:/bin", str(tmp_path / "tuner")), (f"{tmp_path}:/usr/bin:/bin", "tuner")):
+        (tmp_path / "tuner").chmod(0o755)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"TUNER_ROOT": str(root), "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == f"{called} show pydoc-lora", done.stderr
+
+
+def test_the_next_command_names_the_root_that_the_spec_names(tmp_path):
+    spec = make_spec(tmp_path / "elsewhere")
+    assert commands._root_of(spec, None) == tmp_path / "elsewhere"
+    assert commands._root_of(spec, Path("given")) == Path("given")
+    assert commands._root_of(make_spec(Path("runs").resolve()), None) is None
+
+
+def test_show_proposes_to_promote_only_what_can_be_promoted_and_is_not_yet(tmp_path):
+    store = make_sweep(tmp_path)
+    store.set_promoted(PROMOTED | {"trial": 0})
+    for report in store.reports(1):
+        store.forget_adapter(1, report["tokens"])
+    proposed = {
+        number: tuner_command(tmp_path, "show", "pydoc-lora", number).stdout.splitlines() for number in (0, 1, 2)
+    }
+    assert {number: lines[-1] for number, lines in proposed.items()} == {
+        0: "tuner report pydoc-lora",
+        1: "tuner report pydoc-lora",
+        2: "tuner promote pydoc-lora 2",
+    }
+
+
 def test_an_empty_root_lists_nothing(tmp_path):
     result = tuner_command(tmp_path, "ls")
-    assert (result.exit_code, result.stdout.splitlines()) == (0, ["no sweeps yet", "tuner run FILE"])
+    assert (result.exit_code, result.stdout.splitlines()) == (0, [f"no sweeps in {tmp_path} yet", "tuner run FILE"])
     assert json.loads(tuner_command(tmp_path, "ls", "--json").stdout) == []
 
 
@@ -221,6 +263,8 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_resume(tmp_path, capsy
         (["results", "pydoc-lora", "--json", "--format", "csv"], 2, "exclude each other"),
         (["results", "pydoc-lora", "--output", "x"], 2, "--json or --format"),
         (["results", "pydoc-lora", "--top", "0"], 2, "--top"),
+        (["results", "pydoc-lora", "--json", "-o", "no/such.json"], 2, "cannot write no/such.json: No such file"),
+        (["results", "pydoc-lora", "--format", "csv", "-o", "/"], 2, "cannot write /: Is a directory"),
         (["check", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["cancel", "pydoc-lora"], 1, "nothing to cancel: 'pydoc-lora' is finished"),
         (["rollback", "production"], 2, "nothing is promoted"),

@@ -48,6 +48,12 @@ def write_spec(folder: Path, model: Path, name: str, **sections: dict[str, Any] 
     return file
 
 
+def _environment() -> dict[str, str]:
+    """Of a user who has activated the virtual environment, and has no cluster."""
+    path = f"{TUNER.parent}{os.pathsep}{os.environ['PATH']}"
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PATH": path}
+
+
 class Command:
     """A `tuner` command in a terminal of its own: what it says, what it starts, and what is left of that."""
 
@@ -58,7 +64,7 @@ class Command:
             self.process = subprocess.Popen(
                 [str(TUNER), *map(str, arguments)],
                 cwd=cwd,
-                env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | environment,
+                env=_environment() | environment,
                 stdout=said,
                 stderr=said,
                 start_new_session=True,

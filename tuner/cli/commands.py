@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from tuner.cli.output import Format, as_text, deliver, export, print_json, say_next
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from tuner.api import Sweep
     from tuner.spec.sweep import SweepSpec
 
 EXIT_INTERRUPTED = 130
-
-
-class Format(StrEnum):
-    """What `tuner results` exports to."""
-
-    csv = "csv"
-    parquet = "parquet"
 
 
 class Commands(TyperGroup):
@@ -54,6 +43,14 @@ class Commands(TyperGroup):
         return list(self.commands)  # in the order a sweep goes through them, not the alphabet's
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tuner {version('tuner')}")
+        raise typer.Exit()
+
+
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
@@ -68,6 +65,15 @@ SweepName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the swee
 SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's YAML file.")]
 
 
+@app.callback()
+def tuner(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hyperparameter search for fine-tuning language models: one YAML in, a verified, promoted model out."""
+
+
 @app.command()
 def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
     """Say all that is wrong with a spec, or what it asks for."""
@@ -76,7 +82,7 @@ def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_js
     spec, problems = check_file(file, set_ or [], root)
     if as_json:
         found = [dict(vars(problem)) for problem in problems]
-        _print_json({"valid": spec is not None, "problems": found, "spec": spec and spec.model_dump(mode="json")})
+        print_json({"valid": spec is not None, "problems": found, "spec": spec and spec.model_dump(mode="json")})
     elif spec is None:
         from tuner.errors import SpecError
 
@@ -85,7 +91,7 @@ def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_js
         from tuner.cli.screens import show_spec
 
         show_spec(spec)
-        typer.echo(_run_command(file, set_, root))
+        say_next(_run_command(file, set_), root)
     raise typer.Exit(0 if spec else 2)
 
 
@@ -96,9 +102,9 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
     from tuner.cli.live import watching
 
     spec = api.load_spec(file, *(set_ or []), root=root)
-    with _resumable(spec, root, _run_command(file, set_, root)), watching(spec, quiet) as display:
+    with _resumable(spec, root, _run_command(file, set_)), watching(spec, quiet) as display:
         sweep = api.run(spec, display=display, log_output=True)
-    raise typer.Exit(_print_end(sweep, root))
+    raise typer.Exit(_print_end(sweep, _root_of(spec, root)))
 
 
 @app.command()
@@ -119,16 +125,17 @@ def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
     from tuner.api import overview
     from tuner.cli.screens import show_overview
     from tuner.results.record import finite, iso
+    from tuner.spec.layout import default_root
 
     rows = overview(root)
     if as_json:
-        _print_json([finite(row | {"created": iso(row["created"])}) for row in rows])
+        print_json([finite(row | {"created": iso(row["created"])}) for row in rows])
     elif rows:
         show_overview(rows)
-        typer.echo(f"tuner status {rows[0]['name']}" + _root(root))
+        say_next(f"status {rows[0]['name']}", root)
     else:
-        typer.echo("no sweeps yet")
-        typer.echo("tuner run FILE" + _root(root))
+        typer.echo(f"no sweeps in {root.resolve() if root else default_root()} yet")
+        say_next("run FILE", root)
 
 
 @app.command()
@@ -141,11 +148,11 @@ def status(name: SweepName, root: RootOption = None, as_json: JsonOption = False
     sweep = open(name, root)
     state, records = sweep.state(), sweep.records()
     if as_json:
-        _print_json(status_document(sweep.spec, state, records))
+        print_json(status_document(sweep.spec, state, records))
     else:
         show_status(sweep.spec, state, records)
         resumable = state.status in ("queued", "interrupted", "cancelled")
-        typer.echo(f"tuner {'resume' if resumable else 'results'} {name}" + _root(root))
+        say_next(f"{'resume' if resumable else 'results'} {name}", root)
 
 
 @app.command()
@@ -171,9 +178,9 @@ def results(
     if as_json and format:
         raise typer.BadParameter("--json and --format exclude each other")
     if as_json:
-        _deliver(_json(sweep.results(where, sort, top)) + "\n", output)
+        deliver(as_text(sweep.results(where, sort, top)) + "\n", output)
     elif format:
-        _export(sweep.trials(where, sort, top), format, output)
+        export(sweep.trials(where, sort, top), format, output)
     elif output:
         raise typer.BadParameter("--output goes with --json or --format")
     else:
@@ -184,7 +191,7 @@ def results(
         shown = select(records, sweep.spec, where, sort, top)
         show_leaderboard(sweep.spec, sweep.state(), records, shown)
         show_endings(shown)
-        typer.echo(f"tuner show {name}" + _root(root))
+        say_next(f"show {name}", root)
 
 
 @app.command()
@@ -205,10 +212,11 @@ def show(
     if record is None:
         raise NotFoundError(f"sweep {name!r} has no best trial yet; `tuner show {name} TRIAL` shows any other")
     if as_json:
-        _print_json(trial_document(record))
+        print_json(trial_document(record))
     else:
         show_trial(record)
-        typer.echo(f"tuner promote {name} {record.number}" + _root(root))
+        promotable = record.adapter_path and record.number != (sweep.state().promoted or {}).get("trial")
+        say_next(f"promote {name} {record.number}" if promotable else f"report {name}", root)
 
 
 @app.command()
@@ -223,7 +231,7 @@ def report(
 
     sweep = open(name, root)
     page = sweep.report()
-    _deliver(_json({"sweep": name, "markdown": page}) + "\n" if as_json else page, output)
+    deliver(as_text({"sweep": name, "markdown": page}) + "\n" if as_json else page, output)
 
 
 @app.command()
@@ -237,7 +245,7 @@ def cancel(name: SweepName, root: RootOption = None) -> None:
         typer.echo(f"asking the driver of {name} to end, and waiting", err=True)
     sweep.cancel()
     typer.echo(f"{name} is {sweep.status}")
-    typer.echo(f"tuner resume {name}" + _root(root))
+    say_next(f"resume {name}", root)
 
 
 @app.command()
@@ -258,7 +266,7 @@ def promote(
     sweep = open(name, root)
     done = sweep.promote(trial, alias, force, push_to_hub, progress=lambda step: typer.echo(step, err=True))
     show_promoted(asdict(done))
-    typer.echo(f"tuner rollback {done.alias}" + _root(root))
+    say_next(f"rollback {done.alias}", root)
 
 
 @app.command()
@@ -270,7 +278,7 @@ def rollback(
 
     before, now = api.rollback(alias, root)
     typer.echo(f"{alias}: {before.name} -> {now.name}, {now.path}")
-    typer.echo("tuner ls" + _root(root))
+    say_next("ls", root)
 
 
 def main() -> None:
@@ -290,16 +298,16 @@ def _resumable(spec: SweepSpec, root: Path | None, not_begun: str = "") -> Itera
         yield
     except KeyboardInterrupt:
         if Root(Path(spec.storage.root)).sweep(spec.name).spec.exists():
-            _say_how_to_resume(spec.name, root)
+            _say_how_to_resume(spec.name, _root_of(spec, root))
         else:
             typer.echo("interrupted before the sweep began", err=True)
-            typer.echo(not_begun, err=True)
+            say_next(not_begun, root, err=True)
         raise
 
 
 def _say_how_to_resume(name: str, root: Path | None) -> None:
     typer.echo("interrupted; finished trials are kept", err=True)
-    typer.echo(f"tuner resume {name}" + _root(root), err=True)
+    say_next(f"resume {name}", root, err=True)
 
 
 def _print_end(sweep: Sweep, root: Path | None) -> int:
@@ -317,47 +325,17 @@ def _print_end(sweep: Sweep, root: Path | None) -> int:
     if state.status != "finished":
         typer.echo(f"tuner: {state.message or 'no trial succeeded'}", err=True)
     number = "" if sweep.best or not records else f" {records[0].number}"
-    typer.echo(f"tuner show {sweep.name}{number}" + _root(root))
+    say_next(f"show {sweep.name}{number}", root)
     return 0 if state.status == "finished" else 1
 
 
-def _run_command(file: Path, overrides: list[str] | None, root: Path | None) -> str:
-    sets = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
-    return f"tuner run {shlex.quote(str(file))}{sets}" + _root(root)
+def _run_command(file: Path, overrides: list[str] | None) -> str:
+    return f"run {shlex.quote(str(file))}" + "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
 
 
-def _root(root: Path | None) -> str:
-    """What the next command needs to look at the same root."""
-    return f" --root {shlex.quote(str(root))}" if root else ""
+def _root_of(spec: SweepSpec, root: Path | None) -> Path | None:
+    """The root that later commands must be told: that of the option, or the spec's own where it is not the default."""
+    from tuner.spec.layout import default_root
 
-
-def _json(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(_json(document))
-
-
-def _deliver(text: str, output: Path | None) -> None:
-    """To a file, or to stdout."""
-    if output:
-        output.write_text(text, encoding="utf-8")
-        typer.echo(f"wrote {output}", err=True)
-    else:
-        typer.echo(text, nl=False)
-
-
-def _export(frame: pd.DataFrame, format: Format, output: Path | None) -> None:
-    """A frame to a file, or to stdout; Parquet is binary and never goes to a terminal."""
-    from tuner.results.query import write_frame
-
-    if output:
-        write_frame(frame, format.value, output)
-        typer.echo(f"wrote {output}", err=True)
-    elif format is Format.parquet and sys.stdout.isatty():
-        raise typer.BadParameter("parquet is binary: give --output FILE, or redirect")
-    else:
-        buffer = io.BytesIO()
-        write_frame(frame, format.value, buffer)
-        typer.echo(buffer.getvalue(), nl=False)
+    own = Path(spec.storage.root)
+    return root or (None if own == default_root() else own)
