@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
