@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,14 +13,12 @@ from typing import Any
 import ray.train
 from ray import tune
 
-from tuner.errors import DataError, InfeasibleError
+from tuner.execution.endings import explain
 from tuner.execution.logs import log_process_to
-from tuner.search.study import Ending
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig
 
-LOG_TAIL_LINES = 200
 FAILURE = "failure"
 """Key of a Tune result that is no evaluation: the trial's `Ending`, as JSON because Tune flattens what is nested."""
 
@@ -60,7 +57,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     """One Ray Train worker of a trial."""
     config, job = loop["config"], loop["job"]
     rank = ray.train.get_context().get_world_rank()
-    log_process_to(_folder(job).trial_log(config["number"]) if rank == 0 else Path(os.devnull))
+    log_process_to(_folder(job).trial_log(config["number"]))  # all ranks: any may be the one that fails
     try:
         import torch
 
@@ -90,26 +87,6 @@ def _emit(report: Report, save: Callable[[Path], None], rank: int) -> None:
             save(Path(folder))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(report.as_dict(), checkpoint=checkpoint, checkpoint_dir_name=name)
-
-
-def explain(error: ray.train.TrainingFailedError, log: Path) -> Ending:
-    """Turn what Ray Train raised into an outcome with a cause: only what lies in the point itself is INFEASIBLE."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if log.exists() else None
-    for failure in failures:
-        if isinstance(failure, InfeasibleError):
-            return Ending("INFEASIBLE", failure.cause, str(failure), tail)
-        if _is_out_of_memory(failure):
-            return Ending("INFEASIBLE", "oom", str(failure).splitlines()[0], tail)
-    if isinstance(failures[0], DataError):
-        return Ending("FAILED", "data", str(failures[0]), tail)
-    if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
-        return Ending("FAILED", "worker-lost", str(failures[0]).splitlines()[0], tail)
-    return Ending("FAILED", "bug", f"{type(failures[0]).__name__}: {failures[0]}".splitlines()[0], tail)
-
-
-def _is_out_of_memory(failure: Exception) -> bool:
-    return type(failure).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(failure).lower()
 
 
 def _folder(job: dict[str, Any]) -> SweepFolder:

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from tuner.errors import DataError, InfeasibleError
+from tuner.errors import DataError, InfeasibleError, TunerError
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
@@ -48,12 +48,17 @@ _PREPARED_FIELDS = frozenset(
 def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path, emit: Emit) -> None:
     """Train one trial to the end of its budget, emitting a report at every milestone.
 
-    Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain) and
-    DataError when the data are not those the sweep began with; an out-of-memory error of torch's is left as it is.
+    Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain),
+    DataError when the data are not those the sweep began with, and TunerError when the libraries would train otherwise
+    than was asked; an out-of-memory error of torch's is left as it is.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(config["model"], Root(Path(spec.storage.root)).cache, device)
-    planned_trainer(spec, config, sweep, model, output_dir, emit).train()
+    trainer = planned_trainer(spec, config, sweep, model, output_dir, emit)
+    ranks, asked = trainer.args.world_size, spec.resources.workers_per_trial
+    if ranks != asked:
+        raise TunerError(f"resources.workers_per_trial asks for {asked} workers, the trainer found {ranks}")
+    trainer.train()
 
 
 def planned_trainer(

@@ -1,0 +1,65 @@
+"""How a trial that failed is recorded: what its workers raised, turned into an outcome with a cause."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+
+from tuner.errors import DataError, InfeasibleError, TunerError
+from tuner.search.study import Ending
+
+LOG_TAIL_LINES = 200
+
+_NO_MEMORY = (
+    "out of memory",  # CUDA, and torch.OutOfMemoryError
+    "not enough memory",  # torch's allocator on a CPU
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "running low on memory",  # Ray has killed the worker before the kernel does
+)
+
+
+def explain(error: TrainingFailedError, log: Path) -> Ending:
+    """Turn what Ray Train raised into an ending, with the end of the trial's log.
+
+    Where several workers failed, the one that says most counts: those that only lost another one come last.
+    """
+    failures: list[Exception] = [error]
+    if isinstance(error, WorkerGroupError):
+        failures = list(error.worker_failures.values())
+    elif isinstance(error, ControllerError):
+        failures = [error.controller_failure]
+    telling = ("oom", "diverged", "budget", "data", "refused", "worker-lost", "bug")
+    endings = [explain_failure(failure) for failure in failures]
+    ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
+    return replace(ending, log_tail=tail(log))
+
+
+def explain_failure(failure: Exception) -> Ending:
+    """The ending of a trial that one exception ended: only what lies in the point itself is INFEASIBLE."""
+    failure = getattr(failure, "health_check_failure", failure)
+    reason = _one_line(failure)
+    if isinstance(failure, InfeasibleError):
+        return Ending("INFEASIBLE", failure.cause, reason)
+    if isinstance(failure, MemoryError) or any(words in str(failure) for words in _NO_MEMORY):
+        return Ending("INFEASIBLE", "oom", reason)
+    if isinstance(failure, DataError):
+        return Ending("FAILED", "data", reason)
+    if isinstance(failure, TunerError):
+        return Ending("FAILED", "refused", reason)
+    if type(failure).__module__.startswith("ray."):  # Ray's own words: the worker said none
+        return Ending("FAILED", "worker-lost", reason)
+    return Ending("FAILED", "bug", f"{type(failure).__name__}: {reason}")
+
+
+def tail(log: Path) -> str | None:
+    """The last lines of a trial's log; None where it never began one."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if log.exists() else None
+
+
+def _one_line(failure: Exception) -> str:
+    """Ray puts the cause last, everybody else first."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
+    return lines[-1] if type(failure).__module__.startswith("ray.") else lines[0]
