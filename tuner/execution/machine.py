@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -29,45 +30,50 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_cluster() -> Iterator[Mapping[str, float]]:
-    """Connect to the cluster of RAY_ADDRESS, or start one for the time of this block. Yields the cluster's resources.
+def ray_cluster() -> Iterator[list[Mapping[str, float]]]:
+    """Connect to the cluster of RAY_ADDRESS, or start one for the time of this block. Yields each node's resources.
 
-    Raises MachineError where Ray would later hang without a word: no dashboard (Ray Train frees the workers of a
-    stopped trial through it), or a second cluster on this host.
+    Raises MachineError where there is no cluster to connect to, and where Ray would later hang without a word: no
+    dashboard (Ray Train frees the workers of a stopped trial through it), or a second cluster on this host.
     """
-    if ray.is_initialized():
-        yield ray.cluster_resources()
-        return
+    ours = not ray.is_initialized()
+    try:
+        context = _connect() if ours else ray.init(ignore_reinit_error=True)
+        if not context.dashboard_url:
+            raise MachineError("the Ray cluster runs no dashboard, which stopped trials need to free their workers")
+        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect() -> Any:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     refuse_what_would_hang(address, clusters_on_this_host())
-    context = ray.init(
-        address=address or "local",
-        include_dashboard=None if address else True,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        if not context.dashboard_url:
-            raise MachineError("the Ray cluster runs no dashboard, which stopped trials need to free their workers")
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
+    if not address:
+        return ray.init("local", include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+    try:  # what runs already has an environment of its own
+        environment = {"env_vars": dict(_SETTINGS)}
+        return ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise MachineError(f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}") from error
 
 
 def clusters_on_this_host() -> set[str]:
-    """Addresses of every Ray cluster that has a process here."""
+    """Addresses of every Ray cluster that has a process here, at this moment."""
     from ray._private.services import find_gcs_addresses
 
-    return find_gcs_addresses()
+    find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # set on the function itself
+    return set(find_gcs_addresses())
 
 
-def refuse_what_would_hang(address: str | None, running: set[str]) -> None:
+def refuse_what_would_hang(address: str | None, running: Collection[str]) -> None:
     """Raise MachineError for an installation or a host on which sweeps are known to hang."""
     if importlib.util.find_spec("aiohttp_cors") is None:
         raise MachineError('Ray is installed without its dashboard: pip install "ray[default,tune,train]"')
-    if address is None and running:
+    if not address and running:
         raise MachineError(
             f"a Ray cluster runs on this host already, at {', '.join(sorted(running))}, and two block each other: "
             "use it (RAY_ADDRESS=auto) or stop it (ray stop)"
@@ -88,22 +94,28 @@ class Placement:
     concurrent: int
 
 
-def place(spec: SweepSpec, cluster: Mapping[str, float]) -> Placement:
-    """Divide the cluster among trials. Raises MachineError when not even one fits."""
+def place(spec: SweepSpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
+    """Divide the cluster among trials, given each node's resources. Raises MachineError when not even one fits."""
     asked = spec.resources
     gpus = asked.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if cluster.get("GPU", 0) else 0.0
-    resources = {"CPU": float(asked.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
-    fits = min(
-        int(cluster.get(kind, 0) // (amount * asked.workers_per_trial) if amount else spec.budget.trials)
-        for kind, amount in resources.items()
-    )
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    worker = {"CPU": float(asked.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
+    room = [_room(node, worker) for node in nodes]
+    fits = sum(room) // asked.workers_per_trial
     if fits < 1:
-        need = ", ".join(f"{amount * asked.workers_per_trial:g} {kind}" for kind, amount in resources.items())
-        have = ", ".join(f"{cluster.get(kind, 0):g} {kind}" for kind in resources)
         raise MachineError(
-            f"one trial needs {need} (resources.workers_per_trial: {asked.workers_per_trial}), the cluster has {have}"
+            f"resources: one trial needs {asked.workers_per_trial} x ({_amounts(worker, worker)}), "
+            f"the cluster has {' and '.join(_amounts(node, worker) for node in nodes)}"
         )
     limit = asked.max_concurrent_trials or spec.budget.trials
-    return Placement(asked.workers_per_trial, resources, asked.cpus_per_worker, min(fits, limit, spec.budget.trials))
+    return Placement(asked.workers_per_trial, worker, asked.cpus_per_worker, min(fits, limit, spec.budget.trials))
+
+
+def _room(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
+    """How many such workers fit on a node: a worker does not spread over nodes."""
+    return min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in worker.items())  # 1 holds 0.1 ten times
+
+
+def _amounts(resources: Mapping[str, float], kinds: Iterable[str]) -> str:
+    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in kinds)

@@ -32,8 +32,8 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     Store.refuse_existing(spec)
     display = display or Silent()
     display.stage("Starting Ray")
-    with ray_cluster() as cluster:
-        placement = place(spec, cluster)
+    with ray_cluster() as nodes:
+        placement = place(spec, nodes)
         store = Store.create(spec)
         with _driving(store, log_output):
             _search(store, placement, display)
@@ -55,8 +55,8 @@ def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output
             _conclude(store, display)
         return store
     display.stage("Starting Ray")
-    with ray_cluster() as cluster:
-        placement = place(store.spec, cluster)
+    with ray_cluster() as nodes:
+        placement = place(store.spec, nodes)
         with _driving(store, log_output):
             _search(store, placement, display)
             _conclude(store, display)

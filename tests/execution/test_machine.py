@@ -1,0 +1,93 @@
+"""What a trial gets of a cluster, and the clusters on which a sweep is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tuner.errors import MachineError
+from tuner.execution import machine
+from tuner.execution.machine import Placement, place, refuse_what_would_hang
+from tuner.spec.sweep import SweepSpec
+
+
+def spec_with(trials: int = 100, **resources: object) -> SweepSpec:
+    return SweepSpec.model_validate(
+        {
+            "name": "placed",
+            "model": {"name": "some/model"},
+            "data": {"path": "rows.jsonl"},
+            "space": {"train.learning_rate": {"type": "choice", "values": [1e-4]}},
+            "budget": {"trials": trials, "tokens_per_trial": 1000},
+            "resources": resources,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "worker", "concurrent"),
+    [
+        ([{"CPU": 2}], {}, {"CPU": 1}, 2),
+        ([{"CPU": 2}], {"workers_per_trial": 2}, {"CPU": 1}, 1),
+        ([{"CPU": 8}], {"cpus_per_worker": 3}, {"CPU": 3}, 2),
+        ([{"CPU": 8}], {"max_concurrent_trials": 3}, {"CPU": 1}, 3),
+        ([{"CPU": 8}], {"max_concurrent_trials": 30}, {"CPU": 1}, 8),
+        # where there is a GPU a worker gets one, unless it says otherwise
+        ([{"CPU": 16, "GPU": 4}], {}, {"CPU": 1, "GPU": 1}, 4),
+        ([{"CPU": 16, "GPU": 4}], {"gpus_per_worker": 0}, {"CPU": 1}, 16),
+        ([{"CPU": 16, "GPU": 4}], {"workers_per_trial": 2}, {"CPU": 1, "GPU": 1}, 2),
+        ([{"CPU": 16, "GPU": 1}], {"gpus_per_worker": 0.5}, {"CPU": 1, "GPU": 0.5}, 2),
+        ([{"CPU": 16, "GPU": 1}], {"gpus_per_worker": 0.1}, {"CPU": 1, "GPU": 0.1}, 10),
+        ([{"CPU": 4, "GPU": 1}], {"gpus_per_worker": 0.1}, {"CPU": 1, "GPU": 0.1}, 4),
+        # a trial spreads over nodes, a worker does not
+        ([{"CPU": 3}, {"CPU": 3}], {"cpus_per_worker": 2}, {"CPU": 2}, 2),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}], {"workers_per_trial": 2}, {"CPU": 1, "GPU": 1}, 1),
+        ([{"CPU": 8}, {"CPU": 1, "GPU": 2}], {}, {"CPU": 1, "GPU": 1}, 1),
+    ],
+)
+def test_the_cluster_is_divided_among_trials(nodes, resources, worker, concurrent):
+    placement = place(spec_with(**resources), nodes)
+    workers, cpus = resources.get("workers_per_trial", 1), resources.get("cpus_per_worker", 1)
+    assert placement == Placement(workers, worker, threads=cpus, concurrent=concurrent)
+
+
+def test_no_more_trials_run_at_once_than_there_are():
+    assert place(spec_with(trials=3), [{"CPU": 64}]).concurrent == 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "message"),
+    [
+        ([{"CPU": 2}], {"workers_per_trial": 3}, r"one trial needs 3 x \(1 CPU\), the cluster has 2 CPU"),
+        ([{"CPU": 2}], {"cpus_per_worker": 4}, r"one trial needs 1 x \(4 CPU\), the cluster has 2 CPU"),
+        ([{"CPU": 2}], {"gpus_per_worker": 1}, r"one trial needs 1 x \(1 CPU, 1 GPU\), the cluster has 2 CPU, 0 GPU"),
+        ([{"CPU": 2, "GPU": 1}], {"workers_per_trial": 2}, r"needs 2 x \(1 CPU, 1 GPU\), the cluster has 2 CPU, 1 GPU"),
+        ([{"CPU": 3}, {"CPU": 3}], {"cpus_per_worker": 4}, r"needs 1 x \(4 CPU\), the cluster has 3 CPU and 3 CPU"),
+    ],
+)
+def test_a_trial_that_fits_nowhere_is_refused_with_what_is_there(nodes, resources, message):
+    with pytest.raises(MachineError, match=message):
+        place(spec_with(**resources), nodes)
+
+
+@pytest.mark.parametrize(
+    ("address", "running", "message"),
+    [
+        (None, {"10.0.0.1:6379"}, r"runs on this host already, at 10.0.0.1:6379.*RAY_ADDRESS=auto"),
+        ("", {"10.0.0.1:6379"}, "runs on this host already"),
+        ("auto", {"10.0.0.1:6379", "10.0.0.1:7000"}, "2 Ray clusters run on this host"),
+    ],
+)
+def test_clusters_that_block_each_other_are_refused(address, running, message):
+    with pytest.raises(MachineError, match=message):
+        refuse_what_would_hang(address, running)
+
+
+@pytest.mark.parametrize(("address", "running"), [(None, []), ("auto", ["10.0.0.1:6379"]), ("10.0.0.9:6379", [])])
+def test_one_cluster_is_fine(address, running):
+    refuse_what_would_hang(address, running)
+
+
+def test_an_installation_without_the_dashboard_is_refused(monkeypatch):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"pip install \"ray\[default,tune,train\]\""):
+        refuse_what_would_hang(None, [])
