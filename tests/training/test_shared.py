@@ -197,7 +197,7 @@ def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
     engine.advance(0, milestones(TOKENS, EVALS)[0])
     engine.detach(0)
     assert threading.active_count() == before
-    assert not any(linear.adapters for linear in engine._joint._linears.values())
+    assert not any(linear.adapters for linear in engine.joint._linears.values())
     engine.detach(0)  # twice is as good as once
 
 
@@ -217,7 +217,7 @@ def test_dropout_noise_and_checkpointing_learn_as_well_as_alone(tiny_model_dir, 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_bfloat16_or_four_bit_base_can_be_shared(quantization, tiny_model_dir, tmp_path):
-    """bfloat16 rounds differently along another path: losses agree to a few parts in a thousand."""
+    """bfloat16 rounds differently along another path: losses agree to a few parts in ten thousand."""
     model = {"name": str(tiny_model_dir), "dtype": "bfloat16", "quantization": quantization}
     sweep = Sweep(tiny_model_dir, tmp_path, model=model)
     configs = configs_for(sweep.spec)[:2]
@@ -225,14 +225,14 @@ def test_a_bfloat16_or_four_bit_base_can_be_shared(quantization, tiny_model_dir,
     joint = together(engine, configs)
     engine.close()
     for config in configs:
-        alone = sweep.alone(config)
-        assert joint[config["number"]][0].eval_loss == pytest.approx(alone[0].eval_loss, abs=0.02)
-        assert joint[config["number"]][-1].eval_loss == pytest.approx(alone[-1].eval_loss, abs=0.05)
+        found = differences(sweep.alone(config), joint[config["number"]])
+        assert found["eval_loss"] < 0.01
+        assert found["train_loss"] < 0.02
 
 
 def test_the_base_itself_is_never_changed(sweep):
     engine = sweep.engine()
-    before = {name: tensor.clone() for name, tensor in engine._base.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in engine.base.state_dict().items()}
     together(engine, configs_for(sweep.spec)[:1])
     engine.close()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in engine._base.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.base.state_dict().items())

@@ -124,6 +124,19 @@ def test_a_bfloat16_or_four_bit_base_trains_on_a_cpu(quantization, tiny_model_di
     )
 
 
+def test_evaluating_does_not_disturb_the_training_on_a_four_bit_base(tiny_model_dir, tmp_path):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in evaluation mode, and cannot go back."""
+    model = {"name": str(tiny_model_dir), "dtype": "bfloat16", "quantization": "nf4"}
+    last = []
+    for evals in (1, 4):
+        budget = {"trials": 1, "tokens_per_trial": 1200, "evals_per_trial": evals}
+        folder = tmp_path / f"{evals}-evaluations"
+        folder.mkdir()
+        last.append(run(spec_for(tiny_model_dir, folder, model=model, budget=budget), folder)[0][-1])
+    assert last[0].step == last[1].step
+    assert last[0].eval_loss == last[1].eval_loss
+
+
 def test_a_trial_that_diverges_reports_it_and_is_infeasible(tiny_model_dir, tmp_path):
     spec = spec_for(tiny_model_dir, tmp_path)
     with pytest.raises(InfeasibleError, match="eval_loss is nan after") as caught:

@@ -145,6 +145,7 @@ def show_status(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRec
         "status": status.status + (f" ({status.message})" if status.message else ""),
         "trials": f"{counts}; {spec.budget.trials} asked for",
         "base": scores_text(status.baseline) or "not measured yet",
+        "sharing": sharing_text(status.sharing),
         "elapsed": duration(status.elapsed_s),
         "driver": driver,
         "last heartbeat": iso(status.heartbeat) or "none yet",
@@ -153,6 +154,15 @@ def show_status(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRec
         print(f"{key:<15} {value}")
     show_best(spec, status, records)
     show_promoted({key: value for key, value in (status.promoted or {}).items() if key != "samples"})
+
+
+def sharing_text(sharing: dict[str, Any] | None) -> str:
+    """In words, how the trials of a sweep use the base."""
+    if not sharing:
+        return "not decided yet"
+    if not sharing["slots"]:
+        return f"each trial has its own base: {sharing['reason']}"
+    return f"{sharing['slots']} slots on each of {sharing['engines']} shared base(s): {sharing['reason']}"
 
 
 def show_trial(record: TrialRecord) -> None:

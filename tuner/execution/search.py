@@ -7,6 +7,8 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
@@ -15,10 +17,12 @@ from ray.tune.stopper import Stopper
 from tuner.execution.events import Display
 from tuner.execution.machine import Placement
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
+from tuner.execution.shared import shared_base, slot_trial
 from tuner.execution.trial import FAILURE, dedicated_trial
 from tuner.results.store import Store
 from tuner.search.study import Ending, Search
 from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
+from tuner.spec.sharing import why_not_shared
 from tuner.spec.trial import Report, TrialConfig
 
 
@@ -30,24 +34,18 @@ def search(store: Store, facts: dict[str, Any], placement: Placement, display: D
     """
     trials = _Trials(store, facts, display)
     remaining = trials.search.remaining
-    display.stage(f"Searching: {remaining} trials, {placement.concurrent} at a time")
-    job = {
-        "spec": store.spec.model_dump(mode="json"),
-        "preparation": facts,
-        "workers": placement.workers,
-        "resources": placement.resources,
-        "threads": placement.threads,
-    }
-    # The coordinator of a trial only waits; its workers take the CPUs. Tune insists on some resource.
+    # The coordinator of a trial only waits; its workers, or the engine, take the CPUs. Tune insists on some resource.
     coordinator = tune.PlacementGroupFactory([{"memory": 1}])
-    with trials.halt:
+    with trials.halt, _way_to_run(store, facts, placement, display) as (trainable, concurrent, reuse):
+        display.stage(f"Searching: {remaining} trials, {concurrent} at a time")
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(dedicated_trial, job=job), coordinator),
+            tune.with_resources(trainable, coordinator),
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(trials.ask, trials.ended),
                 scheduler=StudyScheduler(trials.take),
                 num_samples=remaining,
-                max_concurrent_trials=placement.concurrent,
+                max_concurrent_trials=concurrent,
+                reuse_actors=reuse,
             ),
             run_config=tune.RunConfig(
                 name=f"run-{time.time_ns()}",  # a name used before would silently resume that run
@@ -59,6 +57,33 @@ def search(store: Store, facts: dict[str, Any], placement: Placement, display: D
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _way_to_run(
+    store: Store, facts: dict[str, Any], placement: Placement, display: Display
+) -> Iterator[tuple[Any, int, bool]]:
+    """The trainable for the sweep's trials, how many run at once, and whether one's process may serve the next."""
+    spec, limit = store.spec, store.spec.resources.max_concurrent_trials or store.spec.budget.trials
+    reasons = why_not_shared(spec)
+    if not reasons:
+        display.stage("Loading the shared base and finding how many trials it serves best")
+        with shared_base(spec, facts, placement, store.folder.log) as base:
+            concurrent = min(base.concurrent, limit)
+            store.set_sharing({"slots": base.slots, "engines": len(base.engines), "reason": base.reason})
+            display.stage(f"{base.slots} slots on the shared base ({base.reason})")
+            yield slot_trial(base, spec, facts["tokens_per_trial"]), concurrent, True
+        return
+    store.set_sharing({"slots": 0, "engines": 0, "reason": "; ".join(reasons)})
+    display.stage(f"Each trial has a base of its own: {'; '.join(reasons)}")
+    job = {
+        "spec": spec.model_dump(mode="json"),
+        "preparation": facts,
+        "workers": placement.workers,
+        "resources": placement.resources,
+        "threads": placement.threads,
+    }
+    yield tune.with_parameters(dedicated_trial, job=job), placement.concurrent, False
 
 
 class _Trials:

@@ -163,8 +163,8 @@ def status_document(spec: SweepSpec, status: SweepStatus, records: Sequence[Tria
     """What `tuner status NAME --json` prints.
 
     sweep, status, message; `trials`: how many by outcome, of `asked`; `objective`, the `best` trial's number and its
-    `score`; `baseline` and `promoted` as objects; elapsed_s; started, heartbeat, finished (ISO 8601, UTC); pid and
-    host of the driver; tokens_per_trial.
+    `score`; `baseline`, `sharing` and `promoted` as objects; elapsed_s; started, heartbeat, finished (ISO 8601, UTC);
+    pid and host of the driver; tokens_per_trial.
     """
     best = best_trial(records, spec.objective, status.tokens_per_trial)
     return finite(
@@ -178,6 +178,7 @@ def status_document(spec: SweepSpec, status: SweepStatus, records: Sequence[Tria
             "best": best[0].number if best else None,
             "score": getattr(best[1], spec.objective.metric) if best else None,
             "baseline": {"eval_loss": None, "mean_token_accuracy": None} | status.baseline,
+            "sharing": status.sharing,
             "promoted": status.promoted,
             "elapsed_s": status.elapsed_s,
             **{name: iso(getattr(status, name)) for name in ("started", "heartbeat", "finished")},

@@ -129,6 +129,8 @@ class SweepStatus:
     data: dict[str, Any] = field(default_factory=dict)
     baseline: dict[str, Any] = field(default_factory=dict)
     """Scores of the untuned base; empty until they are measured."""
+    sharing: dict[str, Any] | None = None
+    """How trials ran: `slots` on each of so many `engines`, none if each had its own base; and the `reason`."""
     promoted: dict[str, Any] | None = None
 
     @property

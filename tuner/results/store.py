@@ -243,6 +243,10 @@ class Store:
         values = {"data": finite(dict(data_summary)), "baseline": finite(dict(baseline))}
         self._update({"tokens_per_trial": tokens_per_trial, **values})
 
+    def set_sharing(self, sharing: Mapping[str, Any]) -> None:
+        """Record how trials ran: `slots` on each of so many `engines`, none if each had its own base; the `reason`."""
+        self._update({"sharing": finite(dict(sharing))})
+
     def set_promoted(self, promoted: Mapping[str, Any]) -> None:
         """Record what was promoted, or `{"refused": [reasons]}`."""
         self._update({"promoted": finite(dict(promoted))})

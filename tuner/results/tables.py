@@ -43,6 +43,7 @@ SWEEPS = sa.Table(
     sa.Column("tokens_per_trial", sa.BigInteger),
     sa.Column("data", sa.JSON(none_as_null=True)),
     sa.Column("baseline", sa.JSON(none_as_null=True)),
+    sa.Column("sharing", sa.JSON(none_as_null=True)),
     sa.Column("promoted", sa.JSON(none_as_null=True)),
     sa.Column("pid", sa.Integer),
     sa.Column("host", sa.String(255)),

@@ -1,9 +1,14 @@
-"""The spec reference in the README, generated from the models so that it cannot lie."""
+"""The spec reference in the README, generated from the models so that it cannot lie.
+
+`python -m tuner.spec.reference README.md` rewrites it there; a test fails when it no longer fits the models.
+"""
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -33,7 +38,7 @@ def spec_reference() -> str:
 
 
 _SPACE = """\
-#### `space`
+### `space`
 
 A searched key is `train.FIELD`, `lora.FIELD`, `model.dtype`, `model.quantization` or `model.attn_implementation`. It is
 either fixed in its section or searched here. `lora.alpha_ratio` stands for `lora_alpha / r`. With
@@ -56,7 +61,7 @@ def _of_model(title: str, model: type[BaseModel]) -> str:
     rows = [
         _row(f"`{name}`", _type(field), _default(field), _what(field)) for name, field in model.model_fields.items()
     ]
-    return "\n".join([f"#### {title}", "", _sentence(model), "", *_head("key", "type", "default", "what it is"), *rows])
+    return "\n".join([f"### {title}", "", _sentence(model), "", *_head("key", "type", "default", "what it is"), *rows])
 
 
 def _of_fields(section: str, library: str) -> str:
@@ -65,8 +70,9 @@ def _of_fields(section: str, library: str) -> str:
         field = all_fields()[key]
         note = " Fixed only." if key in FIXED_ONLY else ""
         rows.append(_row(f"`{key.split('.')[1]}`", field.allowed, f"`{_plain(field.default)}`", f"{field.help}.{note}"))
-    title = f"Fields of `{library}` that a spec may fix or search; the service decides the others."
-    return "\n".join([f"#### `{section}`", "", title, "", *_head("key", "type", "default", "what it is"), *rows])
+    summary = f"{len(rows)} fields of `{library}` that a spec may fix or search; the service decides the others."
+    table = "\n".join([*_head("key", "type", "default", "what it is"), *rows])
+    return f"### `{section}`\n\n{summary}\n\n<details><summary>Show them</summary>\n\n{table}\n\n</details>"
 
 
 def _head(*cells: str) -> list[str]:
@@ -125,5 +131,18 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) and value else show(value)
 
 
+BEGIN, END = "<!-- made by `make readme` -->\n", "<!-- end of what `make readme` made -->"
+
+
+def with_reference(page: str) -> str:
+    """Return a page with the present reference between its markers."""
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no place for the reference: the page lacks {BEGIN.strip()!r} or {END!r}")
+    return f"{head}{BEGIN}\n{spec_reference()}\n{END}{tail}"
+
+
 if __name__ == "__main__":
-    print(spec_reference(), end="")
+    (page,) = map(Path, sys.argv[1:])
+    page.write_text(with_reference(page.read_text(encoding="utf-8")), encoding="utf-8")

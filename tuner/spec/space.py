@@ -26,36 +26,36 @@ class _Distribution(BaseModel):
 class Choice(_Distribution):
     """One of a list of values, unordered."""
 
-    type: Literal["choice"]
-    values: list[Scalar] = Field(min_length=1)
+    type: Literal["choice"] = Field(description="Which distribution this is.")
+    values: list[Scalar] = Field(min_length=1, description="What the key may be.")
 
 
 class Int(_Distribution):
     """An integer from low to high, both included, in steps, or evenly in its logarithm."""
 
-    type: Literal["int"]
-    low: int
-    high: int
-    step: int = Field(1, ge=1)
-    log: bool = False
+    type: Literal["int"] = Field(description="Which distribution this is.")
+    low: int = Field(description="Smallest value.")
+    high: int = Field(description="Largest value, included.")
+    step: int = Field(1, ge=1, description="Distance between values.")
+    log: bool = Field(False, description="Evenly in the logarithm.")
 
 
 class Uniform(_Distribution):
     """A real number between low and high; with `step`, a multiple of it above low."""
 
-    type: Literal["uniform"]
-    low: float
-    high: float
-    step: float | None = Field(None, gt=0)
+    type: Literal["uniform"] = Field(description="Which distribution this is.")
+    low: float = Field(description="Smallest value.")
+    high: float = Field(description="Largest value.")
+    step: float | None = Field(None, gt=0, description="Distance between values; null: any.")
 
 
 class LogUniform(_Distribution):
     """A positive number, evenly in its logarithm; with `step`, rounded to a multiple of it."""
 
-    type: Literal["log_uniform"]
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
-    step: float | None = Field(None, gt=0)
+    type: Literal["log_uniform"] = Field(description="Which distribution this is.")
+    low: float = Field(gt=0, description="Smallest value.")
+    high: float = Field(gt=0, description="Largest value.")
+    step: float | None = Field(None, gt=0, description="Values are rounded to multiples of it; null: any.")
 
 
 Distribution = Annotated[Choice | Int | Uniform | LogUniform, Field(discriminator="type")]

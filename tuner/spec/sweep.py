@@ -116,6 +116,9 @@ class ResourcesSpec(Section):
     """What one trial gets of the machine."""
 
     strategy: Literal["auto", "ddp"] = Field("auto", description="How the workers of one trial share the training.")
+    share_base: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Trials at once on one shared base: auto measures how many pay, off gives each its own."
+    )
     workers_per_trial: int = Field(1, ge=1, description="Ray Train workers of one trial.")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of one worker.")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of one worker; null: one where there is one.")

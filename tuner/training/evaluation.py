@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
 from trl.trainer.utils import add_fused_lm_head
 
 if TYPE_CHECKING:
@@ -56,24 +57,37 @@ def score(model: nn.Module, rows: Dataset, batch_size: int = 8) -> Score:
     """
     device = next(model.parameters()).device
     dtype = _compute_dtype(model)
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    try:
-        with torch.no_grad(), _fused_lm_head(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for batch in _batches(rows, batch_size):
-                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-                output = model(**inputs, fused_lm_head=True)
-                mask = output.label_mask
-                sums[0] -= output.log_probs.double()[mask].sum()
-                sums[1] += output.is_top1[mask].sum()
-                sums[2] += mask.sum()
-    finally:
-        model.train(was_training)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), eval_mode(model), _fused_lm_head(model), autocast:
+        for batch in _batches(rows, batch_size):
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            output = model(**inputs, fused_lm_head=True)
+            mask = output.label_mask
+            sums[0] -= output.log_probs.double()[mask].sum()
+            sums[1] += output.is_top1[mask].sum()
+            sums[2] += mask.sum()
     if _world_size() > 1:
         dist.all_reduce(sums)
     nll_sum, correct, tokens = sums.tolist()
     return Score(nll_sum, int(correct), int(tokens))
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a block, except for 4-bit layers, which bitsandbytes repacks for inference on some CPUs.
+
+    There is no way back from that: training on, or merging, would use garbage. They do not care otherwise.
+    """
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:

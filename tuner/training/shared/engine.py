@@ -59,9 +59,9 @@ class Engine:
 
     def __init__(self, spec: SweepSpec, base: Any, sweep: Preparation, eval_rows: Path):
         self._spec = spec
-        self._base = base
+        self.base = base
         self._sweep = sweep
-        self._joint = JointModel(base, activation_checkpointing=spec.train.get("gradient_checkpointing", True))
+        self.joint = JointModel(base, activation_checkpointing=spec.train.get("gradient_checkpointing", True))
         self._eval_documents = _documents(eval_rows)
         self._slots: dict[int, Slot] = {}
         self._on_the_way: set[int] = set()
@@ -123,7 +123,7 @@ class Engine:
             with self._building:  # a trainer seeds the whole process before it draws its adapter
                 trainer = self._build(slot, Path(output_dir))
             tree: Any = trainer.model
-            self._joint.attach(slot.number, tree.get_base_model(), generator)
+            self.joint.attach(slot.number, tree.get_base_model(), generator)
             self._wait_for_permission(slot, 0)
             trainer.train()
         except Detached:
@@ -131,7 +131,7 @@ class Engine:
         except Exception as error:
             slot.error = error
         finally:
-            self._joint.detach(slot.number)
+            self.joint.detach(slot.number)
             shutil.rmtree(output_dir, ignore_errors=True)
             with self._changed:
                 slot.over = True
@@ -155,7 +155,7 @@ class Engine:
             self._spec,
             slot.config,
             self._sweep,
-            share_weights(self._base),
+            share_weights(self.base),
             output_dir,
             emit,
             trainer_class=SlotTrainer,
@@ -213,7 +213,7 @@ class Engine:
     def _step(self, batches: list[MicroBatch]) -> list[float | Exception]:
         """Losses, or for a slot that cannot be computed, the reason; what fails together is tried apart."""
         try:
-            return list(self._joint.step(batches))
+            return list(self.joint.step(batches))
         except (torch.OutOfMemoryError, MemoryError) as error:
             if len(batches) == 1:
                 return [InfeasibleError("oom", f"one micro-batch does not fit beside the base: {error}")]
@@ -227,7 +227,7 @@ class Engine:
         """The scores of several slots on the sweep's evaluation set, a few documents of each at a time."""
         sums = {batch.slot: [0.0, 0, 0] for batch in asked}
         for documents in _joint_batches(self._eval_documents, EVAL_TOKENS // len(asked)):
-            parts = self._joint.score([MicroBatch(batch.slot, documents, 1.0) for batch in asked])
+            parts = self.joint.score([MicroBatch(batch.slot, documents, 1.0) for batch in asked])
             for batch, part in zip(asked, parts, strict=True):
                 sums[batch.slot] = [total + value for total, value in zip(sums[batch.slot], part, strict=True)]
         return [Score(nll, int(correct), int(tokens)) for nll, correct, tokens in sums.values()]

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tuner.training.evaluation import IGNORED
+from tuner.training.evaluation import IGNORED, eval_mode
 from tuner.training.shared.head import WeightedNLL, nll_and_correct
 from tuner.training.shared.lora import Adapter, JointLinear, Segment
 
@@ -78,12 +78,14 @@ class JointModel:
         """
         self._generators[slot] = generator
         for name, linear in self._linears.items():
-            layer = tree.get_submodule(name)
+            layer: Any = tree.get_submodule(name)
             if isinstance(layer, LoraLayer):
                 dropout = layer.lora_dropout["default"]
+                a: Any = layer.lora_A["default"]
+                b: Any = layer.lora_B["default"]
                 linear.adapters[slot] = Adapter(
-                    layer.lora_A["default"].weight,
-                    layer.lora_B["default"].weight,
+                    a.weight,
+                    b.weight,
                     layer.scaling["default"],
                     dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
                     generator,
@@ -111,12 +113,9 @@ class JointModel:
     @torch.no_grad()
     def score(self, batches: Sequence[MicroBatch]) -> list[tuple[float, int, int]]:
         """For every slot the summed negative log-likelihood (nats), correct tokens and tokens of its documents."""
-        self._model.eval()
-        try:
+        with eval_mode(self._model):
             hidden, targets, spans = self._forward(batches)
             nll, correct = nll_and_correct(hidden, self._head_weight(hidden.dtype), targets)
-        finally:
-            self._model.train()
         return [(nll[a:b].double().sum().item(), int(correct[a:b].sum()), b - a) for a, b in spans]
 
     def _forward(self, batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
@@ -219,12 +218,13 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     documents: _Documents,
+    dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document."""
     query, key, value = (documents.spread(part) for part in (query, key, value))
-    rows, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+    rows, _ = sdpa_attention_forward(module, query, key, value, None, dropout, scaling, is_causal=True)
     return documents.join(rows), None
 
 

@@ -56,7 +56,7 @@ class SlotTrainer(SFTTrainer):
 
 
 def to_documents(inputs: dict[str, torch.Tensor]) -> list[Document]:
-    """Take a collated micro-batch apart: padded rows lose their padding, flattened ones split where positions restart."""
+    """Take a collated micro-batch apart: padded rows lose their padding, flat ones split where positions restart."""
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(1).tolist()
         rows = zip(inputs["input_ids"], inputs["labels"], lengths, strict=True)
