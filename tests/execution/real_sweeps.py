@@ -41,7 +41,7 @@ def write_spec(folder: Path, model: Path, name: str, **sections: dict[str, Any] 
         "space": {"train.learning_rate": {"type": "log_uniform", "low": 1e-3, "high": 5e-3}},
         "search": {"sampler": "random"},
         "stopping": {"type": "none"},
-        "resources": {"max_concurrent_trials": 1},
+        "resources": {"max_concurrent_trials": 1, "share_base": "off"},
     }
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(spec | sections))  # JSON is YAML, too
@@ -91,6 +91,13 @@ class Command:
             assert self.process.poll() is None, f"it ended without saying {text!r}: {self.lines}"
             assert time.monotonic() < end, f"it has not said {text!r} in {timeout_s} s: {self.lines}"
             time.sleep(0.1)
+
+    def kill_actor(self, name: str) -> None:
+        """Kill the one process of a Ray actor of this class, as the kernel would when memory runs out."""
+        living = [process for process in list(self._family.values()) if process.is_running()]
+        titles = {process: " ".join(process.cmdline()) for process in living}
+        (victim,) = [process for process, title in titles.items() if title.startswith(f"ray::{name}")]
+        victim.kill()
 
     def ctrl_c(self) -> None:
         """As a terminal sends it: to the command and to all that it has started in its group."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from tuner.errors import MachineError
@@ -72,22 +74,30 @@ def test_a_trial_that_fits_nowhere_is_refused_with_what_is_there(nodes, resource
 @pytest.mark.parametrize(
     ("address", "running", "message"),
     [
-        (None, {"10.0.0.1:6379"}, r"runs on this host already, at 10.0.0.1:6379.*RAY_ADDRESS=auto"),
-        ("", {"10.0.0.1:6379"}, "runs on this host already"),
+        ("local", {"10.0.0.1:6379"}, r"runs on this host already, at 10.0.0.1:6379.*RAY_ADDRESS=auto"),
         ("auto", {"10.0.0.1:6379", "10.0.0.1:7000"}, "2 Ray clusters run on this host"),
+        ("auto", set(), "no Ray cluster runs on this host"),
+        ("127.0.0.1:1", set(), "127.0.0.1:1, but no Ray cluster answers there"),
+        ("ray://127.0.0.1:1", set(), "no Ray cluster answers there"),
+        ("head-node", set(), "'head-node'; allowed: auto, local, HOST:PORT"),
     ],
 )
-def test_clusters_that_block_each_other_are_refused(address, running, message):
+def test_a_host_on_which_a_sweep_would_hang_is_refused(address, running, message):
     with pytest.raises(MachineError, match=message):
         refuse_what_would_hang(address, running)
 
 
-@pytest.mark.parametrize(("address", "running"), [(None, []), ("auto", ["10.0.0.1:6379"]), ("10.0.0.9:6379", [])])
+@pytest.mark.parametrize(("address", "running"), [("local", []), ("auto", ["10.0.0.1:6379"])])
 def test_one_cluster_is_fine(address, running):
     refuse_what_would_hang(address, running)
+
+
+def test_a_cluster_elsewhere_is_fine_when_somebody_answers():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        refuse_what_would_hang(f"127.0.0.1:{server.getsockname()[1]}", [])
 
 
 def test_an_installation_without_the_dashboard_is_refused(monkeypatch):
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"pip install \"ray\[default,tune,train\]\""):
-        refuse_what_would_hang(None, [])
+        refuse_what_would_hang("local", [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,15 +51,12 @@ def ray_cluster() -> Iterator[list[Mapping[str, float]]]:
 def _connect() -> Any:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     refuse_what_would_hang(address, clusters_on_this_host())
-    if not address:
+    if address == "local":
         return ray.init("local", include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
-    try:  # what runs already has an environment of its own
-        environment = {"env_vars": dict(_SETTINGS)}
-        return ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise MachineError(f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: {error}") from error
+    environment = {"env_vars": dict(_SETTINGS)}  # what runs already has an environment of its own
+    return ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def clusters_on_this_host() -> set[str]:
@@ -69,18 +67,36 @@ def clusters_on_this_host() -> set[str]:
     return set(find_gcs_addresses())
 
 
-def refuse_what_would_hang(address: str | None, running: Collection[str]) -> None:
-    """Raise MachineError for an installation or a host on which sweeps are known to hang."""
+def refuse_what_would_hang(address: str, running: Collection[str]) -> None:
+    """Raise MachineError for an installation or a host on which a sweep at this RAY_ADDRESS is known to hang.
+
+    `running` are the addresses of the clusters on this host.
+    """
+    there = ", ".join(sorted(running))
     if importlib.util.find_spec("aiohttp_cors") is None:
         raise MachineError('Ray is installed without its dashboard: pip install "ray[default,tune,train]"')
-    if not address and running:
+    if address == "local" and running:
         raise MachineError(
-            f"a Ray cluster runs on this host already, at {', '.join(sorted(running))}, and two block each other: "
+            f"a Ray cluster runs on this host already, at {there}, and two block each other: "
             "use it (RAY_ADDRESS=auto) or stop it (ray stop)"
         )
     if len(running) > 1:
-        addresses = ", ".join(sorted(running))
-        raise MachineError(f"{len(running)} Ray clusters run on this host and block each other: {addresses}")
+        raise MachineError(f"{len(running)} Ray clusters run on this host and block each other: {there}")
+    if address == "auto" and not running:
+        raise MachineError("RAY_ADDRESS is auto, but no Ray cluster runs on this host")
+    if address not in ("local", "auto"):
+        _refuse_silence(address)
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray itself tries for minutes to reach a cluster that is gone."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        raise MachineError(f"RAY_ADDRESS is {address!r}; allowed: auto, local, HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise MachineError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from None
 
 
 @dataclass(frozen=True)
