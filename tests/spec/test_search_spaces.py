@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_a_shipped_sweep_says_its_launch_line_and_a_reason_for_every_range(file)
     for key in load_spec(file).space:
         at = next(index for index, line in enumerate(lines) if line.startswith(f"  {key}:"))
         assert lines[at - 1].lstrip().startswith("#"), key
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_the_advice_of_a_shipped_sweep_can_be_followed(file):
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    for line in comments:
+        problems = check_file(file, re.findall(r"--set (\S+?)[,;]?(?=\s|$)", line))[1]
+        assert [problem for problem in problems if problem.key != "data.path"] == [], line
+    assert {line.split()[2] for line in comments if line.startswith("#   tuner ")} <= {"check", "run"}
+    for trials in (2, 4):
+        assert check_file(file, [f"budget.trials={trials}"])[1] == []
 
 
 def test_a_copy_of_the_demo_elsewhere_finds_no_data_and_says_so(tmp_path):
