@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from made_by_hand import TRIALS, make_sweep
 from real_sweeps import Command, write_spec
 
 import tuner
@@ -62,6 +63,8 @@ def stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         cancel = Command("cancel", NAME, "--root", folder / "runs", cwd=folder)
         assert cancel.end() == 0, cancel.lines
     with command("promoting", *resume) as running:
+        running.wait_for(f"trial 2 at {FIRST:,} tokens")
+        running.kill_actor("ImplicitFunc")
         running.wait_for("measuring the merged model")
         running.ctrl_c()
     with command("done", *resume):
@@ -111,6 +114,13 @@ def test_a_trial_that_was_cut_off_is_left_unfinished_and_run_again_under_its_num
     assert done.reports[0].eval_loss == pytest.approx(cut_off.reports[0].eval_loss, abs=1e-5)
 
 
+def test_a_trial_whose_process_is_killed_has_failed_and_the_sweep_goes_on(stops):
+    killed = stops["promoting"].trials[2]
+    assert (killed.outcome, killed.cause) == ("FAILED", "worker-lost")
+    assert [report.tokens for report in killed.reports] == [FIRST]
+    assert stops["done"].trials[2] == killed
+
+
 def test_a_finished_trial_is_not_run_again(stops):
     finished = stops["searching"].trials[0]
     assert all(stops[moment].trials[0] == finished for moment in ("cancelled", "promoting", "done"))
@@ -123,15 +133,22 @@ def test_the_base_is_measured_once_and_only_once(stops):
 
 
 def test_when_only_the_promotion_was_cut_off_ray_does_not_start_again(stops):
-    assert [trial.outcome for trial in stops["promoting"].trials] == ["COMPLETED"] * 3
+    assert [trial.outcome for trial in stops["promoting"].trials] == ["COMPLETED", "COMPLETED", "FAILED"]
     assert stops["promoting"].state.promoted is None
     assert not any("Starting Ray" in line for line in stops["done"].lines)
+
+
+@pytest.mark.parametrize(("trials", "status"), [(TRIALS[:3], "finished"), (TRIALS[1:2] + TRIALS[3:5], "failed")])
+def test_a_sweep_whose_trials_are_all_over_is_concluded_by_whether_one_completed(tmp_path, trials, status):
+    budget = {"trials": 3, "tokens_per_trial": 1000}
+    store = make_sweep(tmp_path, trials, "interrupted", budget=budget, promotion=None)
+    assert tuner.resume(store.spec.name, tmp_path).status == status
 
 
 def test_in_the_end_there_are_as_many_trials_as_were_asked_for_and_a_promoted_model(stops):
     done = stops["done"]
     assert (done.code, done.state.status) == (0, "finished"), done.lines
-    assert [(trial.number, trial.outcome) for trial in done.trials] == [(n, "COMPLETED") for n in range(3)]
+    assert [trial.number for trial in done.trials] == [0, 1, 2]
     assert done.state.promoted["version"] == "v1"
     assert (Path(done.state.promoted["path"]) / "model.safetensors").is_file()
     elapsed = [stop.state.elapsed_s for stop in stops.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
+from real_sweeps import write_rows
 
 import tuner
 from tuner.execution.events import Silent
@@ -23,15 +23,6 @@ from tuner.spec.sweep import SweepSpec
 pytestmark = pytest.mark.timeout(900)
 
 GOOD, BAD, DIVERGING = 0.005, 1e-6, 1e30
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
-
-
-def write_rows(path: Path, start: int, count: int, rng: random.Random) -> None:
-    rows = [
-        {"prompt": f"List {i}:", "completion": " " + " ".join(rng.choice(WORDS) for _ in range(12))}
-        for i in range(start, start + count)
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
 
 
 def spec_for(tiny_model_dir: Path, folder: Path) -> SweepSpec:
@@ -70,7 +61,7 @@ def spec_for(tiny_model_dir: Path, folder: Path) -> SweepSpec:
                 ],
             },
             "stopping": {"type": "asha", "grace_evals": 1, "reduction_factor": 2},
-            "resources": {"max_concurrent_trials": 1},
+            "resources": {"max_concurrent_trials": 1, "share_base": "off"},
             "storage": {"root": str(folder / "runs"), "keep_best": 1},
         },
         folder,
