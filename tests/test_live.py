@@ -9,7 +9,7 @@ from made_by_hand import BUDGET, DATA, TRIALS, make_sweep
 from rich.console import Console
 
 from tuner.cli.live import Lines, LiveTable, watching
-from tuner.cli.screens import show_table
+from tuner.cli.screens import from_here, show_table
 from tuner.results.text import Column
 
 BASE = {"eval_loss": 3.0, "mean_token_accuracy": 0.41}
@@ -164,6 +164,13 @@ def test_a_line_that_is_longer_than_the_terminal_is_cut_not_wrapped(capsys, monk
     assert len(lines) == 3
     assert "not shown" in lines[-1]
     assert "…" in lines[-1]
+
+
+def test_a_path_below_the_working_directory_is_shown_from_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert from_here(str(tmp_path / "runs" / "adapter")) == "runs/adapter"
+    assert from_here("/elsewhere/adapter") == "/elsewhere/adapter"
+    assert from_here(None) is None
 
 
 def test_events_are_enough_to_draw_from_without_records(store):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +59,13 @@ def print_line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), no_wrap=True, overflow="ellipsis")
 
 
+def from_here(path: str | None) -> str | None:
+    """A path as it can be typed in the working directory: relative to it, where it lies below."""
+    if path is None or not Path(path).is_relative_to(Path.cwd()):
+        return path
+    return str(Path(path).relative_to(Path.cwd()))
+
+
 def show_table(columns: Sequence[Column], styles: Sequence[str]) -> None:
     """Print a table: on a terminal as wide as that, with a style for each row; elsewhere whole and plain."""
     console = Console(highlight=False)
@@ -108,7 +116,9 @@ def show_best(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecor
         + (f" ({metric} {versus} against the base)" if versus else "")
     )
     print("  " + "  ".join(f"{key}={compact(value)}" for key, value in record.point.items()))
-    print(f"  scored at {count(report.tokens)} tokens, step {report.step}; adapter {report.adapter_path or 'not kept'}")
+    print(
+        f"  scored at {count(report.tokens)} tokens, step {report.step}; adapter {from_here(report.adapter_path) or 'not kept'}"
+    )
 
 
 def show_promoted(promoted: dict[str, Any] | None) -> None:
@@ -119,7 +129,7 @@ def show_promoted(promoted: dict[str, Any] | None) -> None:
         print("not promoted: " + "; ".join(reasons))
         return
     forced = ", forced" if promoted.get("forced") else ""
-    print(f"promoted: {promoted['alias']} {promoted['version']}{forced}, {promoted['path']}")
+    print(f"promoted: {promoted['alias']} {promoted['version']}{forced}, {from_here(promoted['path'])}")
     print(
         f"  merged and loaded again it scores {figure(promoted.get('score_after'))}; "
         f"the trial {figure(promoted.get('score_before'))}, the base {figure(promoted.get('baseline'))}"
@@ -170,7 +180,7 @@ def show_trial(record: TrialRecord) -> None:
     print(f"trial {record.number}: {record.outcome}" + (f", {ending(record)}" if ending(record) else ""))
     if record.report:
         print(f"{scores_text(record.report.as_dict())} at {count(record.tokens)} tokens, step {record.step}")
-        print(f"adapter  {record.adapter_path or 'not kept'}")
+        print(f"adapter  {from_here(record.adapter_path) or 'not kept'}")
     speed = f"{record.tokens_per_s:.0f} tokens/s" if record.tokens_per_s else ""
     print(", ".join(filter(None, [f"{count(record.reached)} tokens trained", duration(record.duration_s), speed])))
     print("\nconfig (* searched)")
