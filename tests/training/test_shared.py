@@ -190,6 +190,30 @@ def test_a_slot_that_diverges_or_fails_ends_alone(sweep, engine):
     assert max(differences(sweep.alone(configs[0]), good[0]).values()) < 1e-4
 
 
+def test_nan_in_the_first_slot_of_a_batch_reaches_no_other(sweep):
+    """Documents of unequal length, so that attention pads, and the first token of the batch not finite."""
+    engine = sweep.engine()
+    configs = configs_for(sweep.spec)[:2]
+    configs[0]["train"]["learning_rate"] = 1e30
+    for config in configs:
+        engine.attach(config)
+    good: dict[int, list[Report]] = {}
+    threads = [
+        threading.Thread(
+            target=lambda: good.update({1: [engine.advance(1, m) for m in milestones(TOKENS, EVALS)[:4]]})
+        ),
+        threading.Thread(
+            target=lambda: pytest.raises(InfeasibleError, engine.advance, 0, milestones(TOKENS, EVALS)[0])
+        ),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    engine.close()
+    assert max(differences(sweep.alone(configs[1])[:4], good[1]).values()) < 1e-4
+
+
 def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
     config = configs_for(sweep.spec)[0]
     before = threading.active_count()

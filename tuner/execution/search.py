@@ -51,6 +51,7 @@ def search(store: Store, facts: dict[str, Any], placement: Placement, display: D
                 name=f"run-{time.time_ns()}",  # a name used before would silently resume that run
                 storage_path=str(store.folder.ray),
                 stop=trials.halt,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # adapters are saved by the trials
                 verbose=0,
             ),
         ).fit()

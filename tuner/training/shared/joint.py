@@ -189,16 +189,15 @@ class _Documents:
 
     def set(self, lengths: list[int], device: torch.device) -> None:
         self.longest = max(lengths)
-        total = sum(lengths)
-        ends = torch.tensor(lengths).cumsum(0)
-        starts = ends - torch.tensor(lengths)
+        sizes = torch.tensor(lengths)[:, None]
+        starts = sizes.cumsum(0) - sizes
         columns = torch.arange(self.longest)[None]
-        inside = columns < torch.tensor(lengths)[:, None]
-        # Padding reads the first token: it comes after the document's own, which causal attention keeps from seeing it.
-        self.gather = torch.where(inside, starts[:, None] + columns, 0).flatten().to(device)
-        self.scatter = inside.flatten().nonzero()[:, 0].to(device)
+        # Padding repeats a document's own last token. It comes after all others, which causal attention keeps from
+        # weighting it; were it another slot's, that slot's NaN would come through all the same, as zero times NaN.
+        self.gather = (starts + columns.minimum(sizes - 1)).flatten().to(device)
+        self.scatter = (columns < sizes).flatten().nonzero()[:, 0].to(device)
         self.count = len(lengths)
-        self.waste = 1 - total / (self.longest * self.count)
+        self.waste = 1 - sum(lengths) / (self.longest * self.count)
 
     def spread(self, flat: torch.Tensor) -> torch.Tensor:
         """(1, heads, tokens, dim) to (documents, heads, longest, dim)."""
