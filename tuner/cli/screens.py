@@ -116,9 +116,8 @@ def show_best(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecor
         + (f" ({metric} {versus} against the base)" if versus else "")
     )
     print("  " + "  ".join(f"{key}={compact(value)}" for key, value in record.point.items()))
-    print(
-        f"  scored at {count(report.tokens)} tokens, step {report.step}; adapter {from_here(report.adapter_path) or 'not kept'}"
-    )
+    adapter = from_here(report.adapter_path) or "not kept"
+    print(f"  scored at {count(report.tokens)} tokens, step {report.step}; adapter {adapter}")
 
 
 def show_promoted(promoted: dict[str, Any] | None) -> None:
@@ -172,7 +171,9 @@ def sharing_text(sharing: dict[str, Any] | None) -> str:
         return "not decided yet"
     if not sharing["slots"]:
         return f"each trial has its own base: {sharing['reason']}"
-    return f"{sharing['slots']} slots on each of {sharing['engines']} shared base(s): {sharing['reason']}"
+    slots, engines = sharing["slots"], sharing["engines"]
+    where = "the shared base" if engines == 1 else f"each of {engines} shared bases"
+    return f"{slots} {'slot' if slots == 1 else 'slots'} on {where}: {sharing['reason']}"
 
 
 def show_trial(record: TrialRecord) -> None:
