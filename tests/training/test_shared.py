@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tuner.errors import InfeasibleError
 from tuner.spec.load import parse_spec
@@ -20,6 +21,7 @@ from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows, prepare_sweep
 from tuner.training.model import load_model
 from tuner.training.shared.engine import Engine
+from tuner.training.shared.joint import why_not_joint
 from tuner.training.trial import run_trial
 
 TOKENS, EVALS = 2400, 12
@@ -128,6 +130,11 @@ def drive_attached(engine: Engine, number: int) -> None:
         engine.advance(number, milestone)
 
 
+def ends_infeasible(engine: Engine, number: int) -> None:
+    with pytest.raises(InfeasibleError):
+        engine.advance(number, milestones(TOKENS, EVALS)[0])
+
+
 def together(engine: Engine, configs: list[TrialConfig]) -> dict[int, list[Report]]:
     reports: dict[int, list[Report]] = {}
     threads = [threading.Thread(target=drive, args=(engine, config, reports)) for config in configs]
@@ -202,9 +209,7 @@ def test_nan_in_the_first_slot_of_a_batch_reaches_no_other(sweep):
         threading.Thread(
             target=lambda: good.update({1: [engine.advance(1, m) for m in milestones(TOKENS, EVALS)[:4]]})
         ),
-        threading.Thread(
-            target=lambda: pytest.raises(InfeasibleError, engine.advance, 0, milestones(TOKENS, EVALS)[0])
-        ),
+        threading.Thread(target=lambda: ends_infeasible(engine, 0)),
     ]
     for thread in threads:
         thread.start()
@@ -260,3 +265,25 @@ def test_the_base_itself_is_never_changed(sweep):
     together(engine, configs_for(sweep.spec)[:1])
     engine.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.base.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest", "reason"),
+    [
+        ({}, 128, None),
+        ({"sliding_window": 64}, 128, "attends to 64 tokens at a time"),
+        ({"sliding_window": 256}, 128, None),
+        ({"sliding_window": 64}, None, "attends to 64 tokens at a time"),
+        ({"final_logit_softcapping": 30.0}, 128, "caps its logits"),
+        ({"logits_scaling": 8.0}, 128, "scales its logits"),
+        ({"router_aux_loss_coef": 0.01}, 128, "mixture of experts"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, 128, "layers of another kind"),
+    ],
+    ids=str,
+)
+def test_an_architecture_that_the_joint_step_would_get_wrong_is_refused(changes, longest, reason, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    found = why_not_joint(model, longest)
+    assert found is None if reason is None else reason in (found or "")

@@ -28,6 +28,7 @@ from tuner.results.text import (
     leaderboard_columns,
     scores_text,
 )
+from tuner.spec.sharing import why_not_shared
 from tuner.spec.sweep import SweepSpec
 
 STYLES = {"STOPPED": "dim", "INFEASIBLE": "yellow", "FAILED": "red", "RUNNING": "cyan"}
@@ -259,6 +260,7 @@ def show_spec(spec: SweepSpec) -> None:
         "budget": f"{budget.trials} trials of {amount}, {budget.evals_per_trial} evaluations each{limit}",
         "search": f"{spec.search.sampler}, early stopping {spec.stopping.type}",
         "objective": f"{spec.objective.goal} {spec.objective.metric}",
+        "base": "; ".join(f"one each: {reason}" for reason in why_not_shared(spec)) or "shared by the trials",
         "root": spec.storage.root,
     }
     for key, value in facts.items():

@@ -70,11 +70,12 @@ def _way_to_run(
     if not reasons:
         display.stage("Loading the shared base and finding how many trials it serves best")
         with shared_base(spec, facts, placement, store.folder.log) as base:
-            concurrent = min(base.concurrent, limit)
-            store.set_sharing({"slots": base.slots, "engines": len(base.engines), "reason": base.reason})
-            display.stage(f"{base.slots} slots on the shared base ({base.reason})")
-            yield slot_trial(base, spec, facts["tokens_per_trial"]), concurrent, True
-        return
+            if base.slots:
+                store.set_sharing({"slots": base.slots, "engines": len(base.engines), "reason": base.reason})
+                display.stage(f"{base.slots} slots on the shared base ({base.reason})")
+                yield slot_trial(base, spec, facts["tokens_per_trial"]), min(base.concurrent, limit), True
+                return
+            reasons = [base.reason]
     store.set_sharing({"slots": 0, "engines": 0, "reason": "; ".join(reasons)})
     display.stage(f"Each trial has a base of its own: {'; '.join(reasons)}")
     job = {

@@ -69,17 +69,25 @@ class _EngineActor:
         import torch
 
         from tuner.training.baseline import Preparation
+        from tuner.training.dataset import eval_max_length
         from tuner.training.model import load_model
         from tuner.training.shared.engine import Engine
+        from tuner.training.shared.joint import why_not_joint
 
         torch.set_num_threads(threads)
         self._spec = SweepSpec.model_validate(spec)
         root = Root(Path(self._spec.storage.root))
         base = load_model(self._spec.model.model_dump(), root.cache, "cuda" if torch.cuda.is_available() else "cpu")
         self._sweep = Preparation(**facts)
+        self._refusal = why_not_joint(base, eval_max_length(self._spec))
+        if self._refusal:
+            return
         self._engine = Engine(self._spec, base, self._sweep, root.sweep(self._spec.name).eval_rows)
 
     def plan(self) -> dict[str, Any]:
+        """How many slots, and why; none for a model that the engine cannot compute."""
+        if self._refusal:
+            return {"slots": 0, "reason": self._refusal}
         from tuner.training.shared.planner import plan_slots
 
         return asdict(plan_slots(self._spec, self._engine, self._sweep))

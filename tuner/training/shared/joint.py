@@ -160,6 +160,29 @@ class JointModel:
         return self._documents.waste
 
 
+def why_not_joint(model: PreTrainedModel, longest: int | None) -> str | None:
+    """What in an architecture the joint step does not compute, if anything; `longest` is the longest document."""
+    config = model.config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"the model scales its logits ({name})"
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            return f"the model caps its logits ({name})"
+    if hasattr(config, "router_aux_loss_coef"):
+        return "the model is a mixture of experts"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"the model has layers of another kind: {', '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and (longest is None or longest > window):
+        return f"the model attends to {window} tokens at a time, fewer than a sequence may have"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "the model's head is no plain linear layer"
+    return None
+
+
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same parameters and buffers: its own structure, hooks and modes, no memory."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
