@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tuner.execution.events import Display
+    from tuner.execution.verify import Comparison
     from tuner.promotion.promote import Promotion
     from tuner.promotion.registry import Version
 
@@ -209,6 +210,15 @@ class Sweep:
             "elapsed_s": state.elapsed_s,
             "problem": state.message,
         }
+
+    def verify(self, number: int | None = None) -> Comparison:
+        """Rerun the best trial, or the one of that number, as a stock SFTTrainer, here, and compare its reports."""
+        from tuner.execution.verify import verify_trial
+
+        record = self.best if number is None else self.trial(number)
+        if record is None:
+            raise NotFoundError(f"sweep {self.name!r} has no best trial: none completed its budget")
+        return verify_trial(self.store, record)
 
     def promote(
         self,

@@ -220,6 +220,30 @@ def show(
 
 
 @app.command()
+def verify(
+    name: SweepName,
+    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")] = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rerun a trial alone, from its seed, and print the differences."""
+    from tuner.api import open
+    from tuner.cli.screens import show_comparison
+    from tuner.execution.logs import library_output_to
+
+    sweep = open(name, root)
+    typer.echo(f"training a trial of {name} again, alone, as far as its record goes", err=True)
+    with library_output_to(sweep.folder.verify_log):
+        found = sweep.verify(trial)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        show_comparison(found)
+        say_next(f"show {name} {found.number}", root)
+    raise typer.Exit(0 if found.agrees else 1)
+
+
+@app.command()
 def report(
     name: SweepName,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,

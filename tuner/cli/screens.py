@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +30,9 @@ from tuner.results.text import (
 )
 from tuner.spec.sharing import why_not_shared
 from tuner.spec.sweep import SweepSpec
+
+if TYPE_CHECKING:
+    from tuner.execution.verify import Comparison
 
 STYLES = {"STOPPED": "dim", "INFEASIBLE": "yellow", "FAILED": "red", "RUNNING": "cyan"}
 BEST_STYLE = "bold green"
@@ -164,6 +167,24 @@ def show_status(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRec
         print(f"{key:<15} {value}")
     show_best(spec, status, records)
     show_promoted({key: value for key, value in (status.promoted or {}).items() if key != "samples"})
+
+
+def show_comparison(found: Comparison) -> None:
+    """Print the reports of a trial beside those of its rerun, and whether they agree."""
+    pairs = list(zip(found.recorded, found.rerun, strict=True))
+    columns = [Column("tokens", [count(a.tokens) for a, _ in pairs]), Column("step", [count(a.step) for a, _ in pairs])]
+    for name in ("eval_loss", "train_loss", "grad_norm"):
+        columns += [
+            Column(name, [f"{getattr(a, name):.6f}" for a, _ in pairs]),
+            Column("rerun", [f"{getattr(b, name):.6f}" for _, b in pairs], drop=1),
+            Column("differs", [f"{abs(getattr(a, name) - getattr(b, name)):.1e}" for a, b in pairs]),
+        ]
+    show_table(columns, [""] * len(pairs))
+    verdict = "agrees with" if found.agrees else "differs from"
+    print(
+        f"trial {found.number} {verdict} its rerun: eval_loss by {found.largest['eval_loss']:.1e} at most, where "
+        f"{found.bound:g} is allowed ({found.why_this_bound})"
+    )
 
 
 def sharing_text(sharing: dict[str, Any] | None) -> str:

@@ -30,6 +30,13 @@ _SETTINGS = {
 }
 
 
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+# Where Ray's State API is, for the process that frees the workers of stopped trials. Left to itself it follows the
+# address that the last `ray start` on this host wrote down, and hangs where that cluster has ended without `ray stop`.
+_STATE_API = "RAY_API_SERVER_ADDRESS"
+
+
 @contextmanager
 def ray_cluster() -> Iterator[list[Mapping[str, float]]]:
     """Connect to the cluster of RAY_ADDRESS, or start one for the time of this block. Yields each node's resources.
@@ -46,17 +53,22 @@ def ray_cluster() -> Iterator[list[Mapping[str, float]]]:
     finally:
         if ours:
             ray.shutdown()
+            os.environ.pop(_STATE_API, None)
 
 
 def _connect() -> Any:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    refuse_what_would_hang(address, clusters_on_this_host())
+    address, running = os.environ.get("RAY_ADDRESS") or "local", clusters_on_this_host()
+    refuse_what_would_hang(address, running)
     if address == "local":
-        return ray.init("local", include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
-    environment = {"env_vars": dict(_SETTINGS)}  # what runs already has an environment of its own
-    return ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        os.environ[_STATE_API] = f"http://127.0.0.1:{port}"
+        return ray.init("local", dashboard_port=port, include_dashboard=True, **_QUIET)
+    address = running.pop() if address == "auto" else address
+    environment = {**_SETTINGS, "RAY_ADDRESS": address}  # what runs already has an environment of its own
+    return ray.init(address, runtime_env={"env_vars": environment}, **_QUIET)
 
 
 def clusters_on_this_host() -> set[str]:
@@ -90,8 +102,8 @@ def refuse_what_would_hang(address: str, running: Collection[str]) -> None:
 
 def _refuse_silence(address: str) -> None:
     """Ray itself tries for minutes to reach a cluster that is gone."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdecimal()):
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()) or "/" in host:
         raise MachineError(f"RAY_ADDRESS is {address!r}; allowed: auto, local, HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -74,6 +74,11 @@ class SweepFolder:
         return self.path / "sweep.log"
 
     @property
+    def verify_log(self) -> Path:
+        """What the libraries said while trials were rerun to verify them."""
+        return self.path / "verify.log"
+
+    @property
     def eval_rows(self) -> Path:
         """The tokenised evaluation set, kept so that a model can be measured again after the cache is gone."""
         return self.path / "eval"
