@@ -44,7 +44,7 @@ def shared_base(spec: SweepSpec, facts: dict[str, Any], placement: Placement, lo
     """Engines for the time of a search: one per GPU that trials may use, or one on all the cores they may use."""
     gpus = placement.resources.get("GPU", 0)
     count = placement.concurrent if gpus else 1
-    threads = placement.threads if gpus else max(placement.threads, placement.concurrent * placement.threads)
+    threads = placement.threads if gpus else _cores(placement)
     actor: Any = ray.remote(_EngineActor).options(
         num_cpus=threads,
         num_gpus=gpus,
@@ -59,6 +59,12 @@ def shared_base(spec: SweepSpec, facts: dict[str, Any], placement: Placement, lo
     finally:
         for engine in engines:
             ray.kill(engine)
+
+
+def _cores(placement: Placement) -> int:
+    """Of a machine without GPUs, the cores that all trials may use at once, as far as one node has them."""
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return max(placement.threads, min(largest, placement.concurrent * placement.threads))
 
 
 class _EngineActor:
