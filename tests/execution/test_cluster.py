@@ -16,7 +16,7 @@ import pytest
 from real_sweeps import Command, write_spec
 
 import tuner
-from tuner.execution.machine import clusters_on_this_host
+from tuner.execution.machine import clusters_on_this_host, ray_cluster
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
@@ -24,6 +24,7 @@ from tuner.spec.trial import Report
 pytestmark = pytest.mark.timeout(300)
 
 RAY = Path(sys.executable).with_name("ray")
+WRITTEN_DOWN = Path("/tmp/ray/ray_current_cluster")
 FORMATTER = """
 def as_pair(row):
     return {"prompt": row["question"], "completion": row["answer"]}
@@ -51,6 +52,20 @@ def ray_started(*options: str) -> Iterator[None]:
         yield
     finally:
         kill_with_family(head)
+        WRITTEN_DOWN.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def left_behind() -> Iterator[None]:
+    """The address that a cluster leaves written down when it ends without `ray stop`."""
+    before = WRITTEN_DOWN.read_text() if WRITTEN_DOWN.exists() else None
+    WRITTEN_DOWN.parent.mkdir(exist_ok=True)
+    WRITTEN_DOWN.write_text("127.0.0.1:1")
+    yield
+    if before is None:
+        WRITTEN_DOWN.unlink()
+    else:
+        WRITTEN_DOWN.write_text(before)
 
 
 def kill_with_family(process: subprocess.Popen) -> None:
@@ -115,6 +130,17 @@ def test_a_cluster_whose_driver_was_killed_is_not_in_the_way():
     for process in family:  # agents that take half a minute to notice
         if process.is_running():
             process.kill()
+
+
+def test_the_workers_of_stopped_trials_are_found_whatever_cluster_was_here_before(left_behind):
+    import ray
+    from ray.train.v2._internal.state.util import is_actor_alive  # by which Ray Train frees them
+
+    with ray_cluster():
+        asker = ray.remote(num_cpus=0)(is_actor_alive)
+        actor = ray.remote(num_cpus=0)(dict).remote()
+        ray.get(actor.__len__.remote())
+        assert ray.get(asker.remote(actor._actor_id.hex(), 10), timeout=30)
 
 
 def test_an_address_where_no_cluster_answers_is_refused(folder):

@@ -78,7 +78,7 @@ def test_a_trial_that_fits_nowhere_is_refused_with_what_is_there(nodes, resource
         ("auto", {"10.0.0.1:6379", "10.0.0.1:7000"}, "2 Ray clusters run on this host"),
         ("auto", set(), "no Ray cluster runs on this host"),
         ("127.0.0.1:1", set(), "127.0.0.1:1, but no Ray cluster answers there"),
-        ("ray://127.0.0.1:1", set(), "no Ray cluster answers there"),
+        ("ray://127.0.0.1:1", set(), "'ray://127.0.0.1:1'; allowed: auto, local, HOST:PORT"),
         ("head-node", set(), "'head-node'; allowed: auto, local, HOST:PORT"),
     ],
 )

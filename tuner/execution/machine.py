@@ -19,6 +19,8 @@ from tuner.spec.sweep import SweepSpec
 # Read by Ray when it is imported or started, here and in every process it starts.
 _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # each start and report of a trial waits for a poll; the default is 2 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for every trial, and what it would say is no retry here
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
