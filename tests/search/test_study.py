@@ -11,10 +11,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tuner.search.study import Ending, Search
+from tuner.search.study import Search
 from tuner.spec.load import parse_spec
 from tuner.spec.sweep import SweepSpec
-from tuner.spec.trial import Report, TrialConfig, milestones
+from tuner.spec.trial import Ending, Report, TrialConfig, milestones
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
 from tuner.errors import DataError, InfeasibleError, TunerError
-from tuner.search.study import Ending
+from tuner.spec.trial import Ending
 
 LOG_TAIL_LINES = 200
 

@@ -20,10 +20,10 @@ from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.execution.shared import shared_base, slot_trial
 from tuner.execution.trial import FAILURE, dedicated_trial
 from tuner.results.store import Store
-from tuner.search.study import Ending, Search
+from tuner.search.study import Search
 from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
 from tuner.spec.sharing import why_not_shared
-from tuner.spec.trial import Report, TrialConfig
+from tuner.spec.trial import Ending, Report, TrialConfig
 
 
 def search(store: Store, facts: dict[str, Any], placement: Placement, display: Display) -> None:

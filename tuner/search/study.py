@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import optuna
@@ -11,23 +10,13 @@ from optuna.trial import TrialState
 
 from tuner.search.samplers import make_pruner, make_sampler, suggest
 from tuner.spec.space import in_order, is_active, resolve
-from tuner.spec.trial import Outcome, Report, TrialConfig, milestones
+from tuner.spec.trial import Ending, Report, TrialConfig, milestones
 
 if TYPE_CHECKING:
     from tuner.spec.sweep import SweepSpec
 
 _FEASIBILITY = "infeasible"
 """Name of the one constraint: 1 for a point that could not be trained, 0 for every other."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a trial ended. A trial that reached its full budget or was stopped early needs no cause."""
-
-    outcome: Outcome
-    cause: str | None = None
-    reason: str | None = None
-    log_tail: str | None = None
 
 
 def remaining_trials(spec: SweepSpec, study: optuna.Study) -> int:

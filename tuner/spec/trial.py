@@ -1,4 +1,4 @@
-"""The two messages that cross between the search and a trial. Both are plain dicts on Ray's wire."""
+"""The messages that cross between the search and a trial. All are plain dicts on Ray's wire."""
 
 from __future__ import annotations
 
@@ -58,6 +58,16 @@ class Report:
 
     def is_finite(self) -> bool:
         return math.isfinite(self.eval_loss) and math.isfinite(self.mean_token_accuracy)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trial ended. A trial that reached its full budget or was stopped early needs no cause."""
+
+    outcome: Outcome
+    cause: str | None = None
+    reason: str | None = None
+    log_tail: str | None = None
 
 
 def milestones(tokens_per_trial: int, evals_per_trial: int) -> list[int]:
