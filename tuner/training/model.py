@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from tuner.errors import TunerError
+from tuner.training.cache import make_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,19 +82,11 @@ def _converted_gguf(folder: str, model: dict[str, Any], cache: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(model["dtype"].encode())
     target = cache / "models" / digest.hexdigest()[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            working = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-            try:
-                _convert_gguf(folder, model, working)
-                os.replace(working, target)
-            finally:
-                shutil.rmtree(working, ignore_errors=True)
+    make_once(target, lambda working: _convert_gguf(folder, model, working))
     return target
 
 
-def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> None:
+def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model["gguf_file"])
     weights = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -109,6 +98,7 @@ def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> None:
     weights.config.__dict__.pop("quantization_config", None)
     weights.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    return {"gguf_file": model["gguf_file"]}
 
 
 def describe(model: dict[str, Any], cache: Path) -> dict[str, Any]:
