@@ -342,7 +342,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(root):
 
 
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a background job
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from made_by_hand import TRIALS, make_sweep
