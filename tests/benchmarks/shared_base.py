@@ -234,7 +234,9 @@ def report(name: str, work: dict[str, Any], tokens_per_trial: int, seconds: dict
         lines.append(f"{peer:<14} {middle:>8.1f} {tokens / middle:>9.0f} {ratios[0]:>14.2f} {ratios[1]:>16.2f}")
     text = "\n".join(lines)
     print(text)
-    (Path(__file__).parent / "results" / f"shared_base_{name}.txt").write_text(text + "\n")
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"shared_base_{name}.txt").write_text(text + "\n")
 
 
 if __name__ == "__main__":
