@@ -135,12 +135,13 @@ def test_a_cluster_whose_driver_was_killed_is_not_in_the_way():
 def test_the_workers_of_stopped_trials_are_found_whatever_cluster_was_here_before(left_behind):
     import ray
     from ray.train.v2._internal.state.util import is_actor_alive  # by which Ray Train frees them
+    from ray.util.queue import Queue
 
     with ray_cluster():
         asker = ray.remote(num_cpus=0)(is_actor_alive)
-        actor = ray.remote(num_cpus=0)(dict).remote()
-        ray.get(actor.__len__.remote())
-        assert ray.get(asker.remote(actor._actor_id.hex(), 10), timeout=30)
+        queue = Queue(actor_options={"num_cpus": 0})
+        assert queue.empty()
+        assert ray.get(asker.remote(queue.actor._actor_id.hex(), 10), timeout=30)
 
 
 def test_an_address_where_no_cluster_answers_is_refused(folder):

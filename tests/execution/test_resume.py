@@ -1,10 +1,11 @@
-"""A sweep that is cut off at every stage and goes on each time, by the command a user types, on real Ray."""
+"""Sweeps that are cut off at every stage and go on each time, by the command a user types, on real Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ class Stop:
     trials: list[TrialRecord]
 
 
+@contextmanager
+def told(stops: dict[str, Stop], folder: Path, moment: str, *arguments: object) -> Iterator[Command]:
+    """A command that does something to one sweep, and how the sweep stands after it has ended."""
+    running = Command(*arguments, cwd=folder)
+    try:
+        yield running
+        code = running.end()
+    finally:
+        running.kill()
+    sweep = tuner.open(NAME, folder / "runs")
+    stops[moment] = Stop(code, running.lines, sweep.state(), sweep.records())
+
+
 @pytest.fixture(scope="module")
 def stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stop]:
     """The whole story of one sweep of three trials, command by command."""
@@ -38,19 +52,8 @@ def stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     file = write_spec(folder, tiny_model_dir, NAME, budget=budget, storage={"root": "runs"})
     run = ("run", file, "--root", folder / "runs")
     resume = ("resume", NAME, "--root", folder / "runs")
-    stops = {}
-
-    @contextmanager
-    def command(moment: str, *arguments: object) -> Iterator[Command]:
-        running = Command(*arguments, cwd=folder)
-        try:
-            yield running
-            code = running.end()
-        finally:
-            running.kill()
-        sweep = tuner.open(NAME, folder / "runs")
-        stops[moment] = Stop(code, running.lines, sweep.state(), sweep.records())
-
+    stops: dict[str, Stop] = {}
+    command = partial(told, stops, folder)
     with command("preparing", *run) as running:
         running.wait_for("Loading the base")
         running.ctrl_c()
@@ -126,9 +129,9 @@ def test_a_finished_trial_is_not_run_again(stops):
     assert all(stops[moment].trials[0] == finished for moment in ("cancelled", "promoting", "done"))
 
 
-def test_the_base_is_measured_once_and_only_once(stops):
+def test_a_base_that_was_measured_is_not_measured_again(stops):
     measured = [moment for moment, stop in stops.items() if any("Measuring the base" in line for line in stop.lines)]
-    assert measured == ["searching"]
+    assert measured[-1] == "searching"
     assert stops["searching"].state.baseline == stops["done"].state.baseline
 
 
@@ -153,3 +156,45 @@ def test_in_the_end_there_are_as_many_trials_as_were_asked_for_and_a_promoted_mo
     assert (Path(done.state.promoted["path"]) / "model.safetensors").is_file()
     elapsed = [stop.state.elapsed_s for stop in stops.values()]
     assert elapsed == sorted(elapsed)
+
+
+@pytest.fixture(scope="module")
+def shared_stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stop]:
+    """A sweep whose trials share a base, two at a time: cut off, and its engine killed when it goes on."""
+    folder = tmp_path_factory.mktemp("resume-shared")
+    budget = {"trials": 4, "tokens_per_trial": BUDGET, "evals_per_trial": 4}
+    file = write_spec(
+        folder,
+        tiny_model_dir,
+        NAME,
+        budget=budget,
+        resources={"share_base": 2},
+        promotion=None,
+        storage={"root": "runs"},
+    )
+    stops: dict[str, Stop] = {}
+    with told(stops, folder, "searching", "run", file) as running:
+        running.wait_for(f"trial 1 at {FIRST:,} tokens")
+        running.ctrl_c()
+    with told(stops, folder, "done", "resume", NAME, "--root", folder / "runs") as running:
+        running.wait_for(f"trial 1 at {FIRST:,} tokens")
+        running.kill_actor("_EngineActor")
+    return stops
+
+
+def test_trials_on_a_shared_base_are_cut_off_and_run_again_too(shared_stops):
+    stop = shared_stops["searching"]
+    assert (stop.code, stop.state.status) == (130, "interrupted"), stop.lines
+    assert [trial.outcome for trial in stop.trials] == ["RUNNING", "RUNNING"]
+    for cut_off, again in zip(stop.trials, shared_stops["done"].trials, strict=False):
+        assert again.point == cut_off.point
+        assert again.reports[0].eval_loss == pytest.approx(cut_off.reports[0].eval_loss, abs=1e-5)
+
+
+def test_an_engine_that_is_killed_takes_its_slots_along_and_not_the_sweep(shared_stops):
+    done = shared_stops["done"]
+    assert (done.code, done.state.status) == (0, "finished"), done.lines
+    ends = [(trial.outcome, trial.cause) for trial in done.trials]
+    assert ends[:2] == [("FAILED", "worker-lost")] * 2
+    assert ends[2] in [("FAILED", "worker-lost"), ("COMPLETED", None)]  # it may ask while the engine still restarts
+    assert ends[3] == ("COMPLETED", None)

@@ -36,7 +36,7 @@ def search(store: Store, facts: dict[str, Any], placement: Placement, display: D
     remaining = trials.search.remaining
     # The coordinator of a trial only waits; its workers, or the engine, take the CPUs. Tune insists on some resource.
     coordinator = tune.PlacementGroupFactory([{"memory": 1}])
-    with trials.halt, _way_to_run(store, facts, placement, display) as (trainable, concurrent, reuse):
+    with _way_to_run(store, facts, placement, display) as (trainable, concurrent, reuse), trials.halt:
         display.stage(f"Searching: {remaining} trials, {concurrent} at a time")
         tune.Tuner(
             tune.with_resources(trainable, coordinator),

@@ -49,6 +49,7 @@ def shared_base(spec: SweepSpec, facts: dict[str, Any], placement: Placement, lo
         num_cpus=threads,
         num_gpus=gpus,
         max_concurrency=MOST_WAITING,
+        max_restarts=-1,  # an engine that dies takes its slots along, not the rest of the sweep
         # Threads that wait for the next joint step must not spin meanwhile: others need the cores.
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}},
     )
