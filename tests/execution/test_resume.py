@@ -174,9 +174,11 @@ def shared_stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     stops: dict[str, Stop] = {}
     with told(stops, folder, "searching", "run", file) as running:
+        running.wait_for(f"trial 0 at {FIRST:,} tokens")
         running.wait_for(f"trial 1 at {FIRST:,} tokens")
         running.ctrl_c()
     with told(stops, folder, "done", "resume", NAME, "--root", folder / "runs") as running:
+        running.wait_for(f"trial 0 at {FIRST:,} tokens")
         running.wait_for(f"trial 1 at {FIRST:,} tokens")
         running.kill_actor("_EngineActor")
     return stops
