@@ -74,6 +74,10 @@ class InfeasibleError(TunerError):
         return self.reason
 
 
+class NotShareable(TunerError):
+    """A trial that cannot be a slot on the shared base: it needs a model of its own."""
+
+
 class PromotionRefused(TunerError):
     """The gate said no; the alias stays where it was. `reasons` says why, one sentence each."""
 

@@ -97,6 +97,10 @@ class SweepFolder:
     def adapter(self, number: int, tokens: int) -> Path:
         return self.trial(number) / self.adapter_name(tokens)
 
+    def trial_state(self, number: int) -> Path:
+        """What a slot on the shared base needs to go on from its last evaluation."""
+        return self.trial(number) / "state.safetensors"
+
     @staticmethod
     def adapter_name(tokens: int) -> str:
         return f"tokens-{tokens:012d}"
