@@ -141,7 +141,7 @@ def test_the_next_command_names_the_root_that_the_spec_names(tmp_path):
 def test_show_proposes_to_promote_only_what_can_be_promoted_and_is_not_yet(tmp_path):
     store = make_sweep(tmp_path)
     store.set_promoted(PROMOTED | {"trial": 0})
-    for report in store.reports(1):
+    for report in store.reports([1]):
         store.forget_adapter(1, report["tokens"])
     proposed = {
         number: tuner_command(tmp_path, "show", "pydoc-lora", number).stdout.splitlines() for number in (0, 1, 2)

@@ -92,7 +92,7 @@ def test_a_nan_comes_back_as_nan_and_infinity_as_infinity(tmp_path):
 def test_a_report_for_the_same_tokens_replaces_the_one_before(tmp_path):
     store = make_sweep(tmp_path, [Made([2.9, 2.8], "RUNNING")])
     store.add_report(0, make_report(500, 2.2, adapter_path="/again"))
-    assert [(row["tokens"], row["eval_loss"]) for row in store.reports(0)] == [(250, 2.9), (500, 2.2)]
+    assert [(row["tokens"], row["eval_loss"]) for row in store.reports([0])] == [(250, 2.9), (500, 2.2)]
     assert store.record(0).adapter_path == "/again"
 
 
@@ -118,15 +118,6 @@ def test_points_that_are_only_enqueued_are_no_trials(tmp_path):
     store = make_sweep(tmp_path, TRIALS[:1])
     store.study.enqueue_trial({"lora.r": 8})
     assert len(store.trials()) == 1
-
-
-def test_the_handle_of_an_unfinished_trial_reports_and_tells(tmp_path):
-    store = make_sweep(tmp_path, [Made([2.0], "RUNNING")])
-    again = Store.open(store.folder)
-    again.trial(0).report(1.5, step=500)
-    again.study.tell(again.trial(0), 1.5)
-    assert store.study.trials[0].intermediate_values == {250: 2.0, 500: 1.5}
-    assert again.trial(0) is again.trial(0)
 
 
 def test_a_sweep_keeps_its_status_its_baseline_and_what_was_promoted(tmp_path):

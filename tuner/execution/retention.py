@@ -12,14 +12,14 @@ from tuner.spec.trial import Report
 
 def drop_worse_adapters(store: Store, number: int) -> None:
     """Of a running trial, keep the adapter of its best report and of its last."""
-    reports = [Report.from_dict(row) for row in store.reports(number)]
+    reports = [Report.from_dict(row) for row in store.reports([number])]
     keep = {report.tokens for report in (best_report(reports, store.spec.objective), reports[-1]) if report}
     _drop(store, number, [report for report in reports if report.tokens not in keep])
 
 
 def keep_best_adapters(store: Store) -> None:
     """Of the trials that have ended, keep the best adapter of the `storage.keep_best` best that completed."""
-    ended = [record for record in store.trials() if record.outcome != "RUNNING"]
+    ended = [record for record in store.trials(store.with_adapters()) if record.outcome != "RUNNING"]
     completed = [record for record in ended if record.outcome == "COMPLETED"]
     kept = {record.number for record in leaderboard(completed, store.spec.objective)[: store.spec.storage.keep_best]}
     for record in ended:

@@ -37,6 +37,15 @@ def _sqlite_url(path: str, mode: str) -> sa.URL:
     return sa.URL.create("sqlite", database=f"file:{quote(path)}", query={"mode": mode, "uri": "true"})
 
 
-def engine_options(url: sa.URL) -> dict[str, Any]:
-    sqlite = url.get_backend_name() == "sqlite"
-    return {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+def engine_options(url: sa.URL, durable: bool = True) -> dict[str, Any]:
+    """For `create_engine`. A commit to SQLite that is not durable outlives this process, whatever kills it; a power cut
+    it outlives as soon as a durable one has followed, by whatever connection.
+    """
+    if url.get_backend_name() != "sqlite":
+        return {"pool_pre_ping": True}
+    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}}
+    return options if durable else options | {"pool_events": [(_sync_with_the_next, "connect")]}
+
+
+def _sync_with_the_next(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA synchronous=NORMAL")

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,6 @@ class Store:
         self.folder = folder
         self._url = url
         self._engine = sa.create_engine(url, **engine_options(url))
-        self._handles: dict[int, optuna.trial.Trial] = {}
 
     @classmethod
     def create(cls, spec: SweepSpec) -> Store:
@@ -121,7 +120,8 @@ class Store:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = self._url.render_as_string(hide_password=False)
-        return optuna.storages.RDBStorage(url, engine_kwargs=engine_options(self._url), skip_table_creation=not create)
+        options = engine_options(self._url, durable=False)
+        return optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=not create)
 
     # The study and its trials
 
@@ -136,25 +136,14 @@ class Store:
 
         return optuna.load_study(study_name=self.spec.name, storage=self._storage)
 
-    def trial(self, number: int) -> optuna.trial.Trial:
-        """A handle on an unfinished trial that another call, or another process, has asked for."""
-        import optuna
-
-        if number not in self._handles:
-            self._handles[number] = optuna.trial.Trial(self.study, self._trial_id(number))
-        return self._handles[number]
-
-    def _trial_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-
     @cached_property
     def _study_id(self) -> int:
         return self._storage.get_study_id_from_name(self.spec.name)
 
     def start_trial(self, number: int, config: TrialConfig) -> None:
         """Record what a trial runs with and that it starts now; an earlier attempt and its reports are forgotten."""
-        self.finish_trial(number, "RUNNING")
-        self._set_attributes(number, config=config, started=utc_now().isoformat(), finished=None)
+        forgotten = dict.fromkeys(("outcome", "cause", "reason", "log_tail", "finished"))
+        self._set_attributes(number, config=config, started=utc_now().isoformat(), **forgotten)
         mine = (tables.REPORTS.c.sweep == self.spec.name) & (tables.REPORTS.c.trial == number)
         with self._engine.begin() as connection:
             connection.execute(tables.REPORTS.delete().where(mine))
@@ -173,9 +162,11 @@ class Store:
         )
 
     def _set_attributes(self, number: int, **attributes: Any) -> None:
-        trial_id = self._trial_id(number)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        known = self._storage.get_trial(trial_id).user_attrs
         for key, value in attributes.items():
-            self._storage.set_trial_user_attr(trial_id, key, value)
+            if known.get(key) != value:  # each is a transaction
+                self._storage.set_trial_user_attr(trial_id, key, value)
 
     def add_report(self, number: int, report: Report) -> None:
         """Record one evaluation. Reports come at least once: the same tokens again replace what stood there."""
@@ -192,30 +183,42 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(table.update().where(this).values(adapter_path=None))
 
-    def reports(self, number: int | None = None) -> list[dict[str, Any]]:
-        """Every report of one trial, or of all, as {trial, tokens, ..., time}, in order of trial and tokens."""
+    def reports(self, numbers: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """Every report of these trials, or of all, as {trial, tokens, ..., time}, in order of trial and tokens."""
         table = tables.REPORTS
         query = sa.select(table).where(table.c.sweep == self.spec.name).order_by(table.c.trial, table.c.tokens)
-        if number is not None:
-            query = query.where(table.c.trial == number)
+        if numbers is not None:
+            query = query.where(table.c.trial.in_(numbers))
         with self._engine.connect() as connection:
             return [tables.report_row(row) for row in connection.execute(query).mappings()]
 
-    def trials(self) -> list[TrialRecord]:
-        """Every trial that was started, in order of number. Points only enqueued in Optuna are not trials yet."""
+    def with_adapters(self) -> list[int]:
+        """The trials of which an adapter is kept."""
+        table = tables.REPORTS
+        mine = (table.c.sweep == self.spec.name) & table.c.adapter_path.is_not(None)
+        with self._engine.connect() as connection:
+            return list(connection.execute(sa.select(table.c.trial).where(mine).distinct()).scalars())
+
+    def trials(self, numbers: Collection[int] | None = None) -> list[TrialRecord]:
+        """Every trial that was started, or those of these numbers, in order of number.
+
+        Points only enqueued in Optuna are not trials yet.
+        """
         import optuna
 
         reports: dict[int, list[Report]] = {}
-        for row in self.reports():
+        for row in self.reports(numbers):
             reports.setdefault(row["trial"], []).append(Report.from_dict(row))
-        started = [trial for trial in self.study.trials if trial.state != optuna.trial.TrialState.WAITING]
-        return [tables.record(trial, reports.get(trial.number, []), self._best_of) for trial in started]
+        return [
+            tables.record(trial, reports.get(trial.number, []), self._best_of)
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state != optuna.trial.TrialState.WAITING and (numbers is None or trial.number in numbers)
+        ]
 
     def record(self, number: int) -> TrialRecord:
         """One trial. Raises `NotFoundError`."""
-        for record in self.trials():
-            if record.number == number:
-                return record
+        for record in self.trials([number]):
+            return record
         raise NotFoundError(f"sweep {self.spec.name!r} has no trial {number}")
 
     def _best_of(self, reports: list[Report]) -> Report | None:

@@ -41,9 +41,9 @@ class Search:
         trials = study.get_trials(deepcopy=False)
         study.sampler = make_sampler(spec.search, spec.space, told=len(trials))
         study.pruner = make_pruner(spec, milestones(tokens_per_trial, spec.budget.evals_per_trial))
-        self._unfinished = [
-            optuna.Trial(study, trial._trial_id) for trial in trials if trial.state == TrialState.RUNNING
-        ]
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self._unfinished = [optuna.Trial(study, trial._trial_id) for trial in running]
+        self._passed = {trial.number: trial.last_step or 0 for trial in running}
         self._trials: dict[int, optuna.Trial] = {}
         self._best: dict[int, float] = {}
         self._endings: dict[int, Ending] = {}
@@ -79,7 +79,7 @@ class Search:
         if report.tokens >= self._budget:
             self._endings[number] = Ending("COMPLETED")
             return False
-        if report.tokens < (self._last_step(trial) or 0):
+        if report.tokens < self._passed.get(number, 0):
             return False  # a rerun, catching up with what it had already been allowed to pass
         if trial.should_prune():
             reason = f"{self._spec.stopping.type} at {report.tokens} tokens"
@@ -114,6 +114,3 @@ class Search:
         if math.isnan(best):
             return value
         return min(value, best) if self._spec.objective.goal == "minimize" else max(value, best)
-
-    def _last_step(self, trial: optuna.Trial) -> int | None:
-        return self._study._storage.get_trial(trial._trial_id).last_step

@@ -1,0 +1,55 @@
+"""What the driver of a sweep writes and reads for each trial, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from made_by_hand import make_report, make_spec
+
+from tuner.execution.events import Silent
+from tuner.execution.search import _Trials
+from tuner.results.store import Store
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """Everything that is said to any database in the time of a block."""
+    said: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
+        said.append(statement)
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        yield said
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
+
+def run_trial(trials: _Trials, folder: Path, loss: float) -> tuple[int, int]:
+    """Statements of a trial with two reports: of one of these, and of all else."""
+    with statements() as around:
+        config = trials.ask()
+        assert config is not None
+        for tokens in (500, 1000):
+            path = folder / "adapters" / f"{config['number']}-{tokens}"
+            path.mkdir(parents=True)
+            result = make_report(tokens, loss - tokens / 1e6).as_dict() | {"checkpoint_path": str(path)}
+            with statements() as one_report:
+                trials.take(config["number"], result)
+        trials.ended(config["number"])
+    return len(one_report), len(around)
+
+
+def test_a_trial_costs_the_same_however_many_there_were(tmp_path):
+    budget = {"trials": 30, "tokens_per_trial": 1000, "evals_per_trial": 2}
+    spec = make_spec(tmp_path, budget=budget, search={"sampler": "random"}, stopping={"type": "none"})
+    store = Store.create(spec)
+    trials = _Trials(store, {"tokens_per_trial": 1000}, Silent())
+    costs = [run_trial(trials, tmp_path, 3 - number / 100) for number in range(30)]
+    assert costs[5:] == [costs[5]] * 25
+    assert costs[5][0] <= 10
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"27-1000", "28-1000", "29-1000"}
