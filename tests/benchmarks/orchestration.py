@@ -14,18 +14,16 @@ import pstats
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from tests.made_by_hand import make_report, make_spec
-from tuner.execution import search as searching
+from tuner.execution.engine import Engines
 from tuner.execution.events import Silent
 from tuner.execution.machine import place, ray_cluster
-from tuner.execution.shared import SharedBase
+from tuner.execution.search import search
 from tuner.results.record import outcome_counts
 from tuner.results.store import Store
 
@@ -36,21 +34,15 @@ AT_ONCE = 8
 class NoEngine:
     """Takes the calls of an engine's actor and trains nothing."""
 
-    def attach(self, config: Any) -> None: ...
+    def plan(self, facts: Any) -> tuple[int, str]:
+        return AT_ONCE, "nothing is trained"
 
-    def advance(self, number: int, until_tokens: int) -> dict[str, Any]:
+    def advance(self, config: Any, facts: Any, until_tokens: int) -> dict[str, Any]:
+        number = config["number"]
         loss = 2 + 1 / until_tokens + number / 1000
         return make_report(until_tokens, loss, adapter_path=f"/nowhere/{number}-{until_tokens}").as_dict()
 
     def detach(self, number: int) -> None: ...
-
-
-@contextmanager
-def no_base(*_: Any) -> Iterator[SharedBase]:
-    engine: Any = ray.remote(NoEngine).options(num_cpus=0, max_concurrency=2 * AT_ONCE)
-    engine = engine.remote()
-    yield SharedBase([engine], AT_ONCE, "nothing is trained")
-    ray.kill(engine)
 
 
 def run(trials: int, evals: int, nodes: Any) -> float:
@@ -62,7 +54,8 @@ def run(trials: int, evals: int, nodes: Any) -> float:
         store.set_status("running")
         facts = {"tokens_per_trial": 1000 * evals, "data": {}, "baseline": {}}
         started = time.perf_counter()
-        searching.search(store, facts, place(spec, nodes), Silent())
+        engine: Any = ray.remote(NoEngine).options(num_cpus=0, max_concurrency=2 * AT_ONCE)
+        search(store, facts, Engines([engine.remote()]), place(spec, nodes), Silent())
         seconds = time.perf_counter() - started
         assert outcome_counts(store.trials()) == {"COMPLETED": trials}
     return seconds
@@ -73,7 +66,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    searching.shared_base = no_base  # type: ignore[assignment]
     with ray_cluster() as nodes:
         run(2, 2, nodes)  # imports, and the first actors
         for trials, evals in WORKLOADS:

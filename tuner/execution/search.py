@@ -14,10 +14,11 @@ from typing import Any
 from ray import tune
 from ray.tune.stopper import Stopper
 
+from tuner.execution.engine import Engines
 from tuner.execution.events import Display
 from tuner.execution.machine import Placement
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
-from tuner.execution.shared import shared_base, slot_trial
+from tuner.execution.shared import slot_trial
 from tuner.execution.trial import FAILURE, dedicated_trial
 from tuner.results.store import Store
 from tuner.search.study import Search
@@ -26,8 +27,8 @@ from tuner.spec.sharing import why_not_shared
 from tuner.spec.trial import Ending, Report, TrialConfig
 
 
-def search(store: Store, facts: dict[str, Any], placement: Placement, display: Display) -> None:
-    """Run every trial that is still to be run, until all are over or the time is up.
+def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Placement, display: Display) -> None:
+    """Run every trial that is still to be run, until all are over or the time is up; the engines are closed then.
 
     `facts` is the sweep's `Preparation` as a plain dict. Raises KeyboardInterrupt after a Ctrl-C, when no trial runs
     any more; those it cut off stay unfinished, for `tuner resume`.
@@ -36,7 +37,7 @@ def search(store: Store, facts: dict[str, Any], placement: Placement, display: D
     remaining = trials.search.remaining
     # The coordinator of a trial only waits; its workers, or the engine, take the CPUs. Tune insists on some resource.
     coordinator = tune.PlacementGroupFactory([{"memory": 1}])
-    with _way_to_run(store, facts, placement, display) as (trainable, concurrent, reuse), trials.halt:
+    with _way_to_run(store, facts, engines, placement, display) as (trainable, concurrent, reuse), trials.halt:
         display.stage(f"Searching: {remaining} trials, {concurrent} at a time")
         tune.Tuner(
             tune.with_resources(trainable, coordinator),
@@ -62,20 +63,23 @@ def search(store: Store, facts: dict[str, Any], placement: Placement, display: D
 
 @contextmanager
 def _way_to_run(
-    store: Store, facts: dict[str, Any], placement: Placement, display: Display
+    store: Store, facts: dict[str, Any], engines: Engines, placement: Placement, display: Display
 ) -> Iterator[tuple[Any, int, bool]]:
     """The trainable for the sweep's trials, how many run at once, and whether one's process may serve the next."""
     spec, limit = store.spec, store.spec.resources.max_concurrent_trials or store.spec.budget.trials
     reasons = why_not_shared(spec)
     if not reasons:
-        display.stage("Loading the shared base and finding how many trials it serves best")
-        with shared_base(spec, facts, placement, store.folder.log) as base:
-            if base.slots:
-                store.set_sharing({"slots": base.slots, "engines": len(base.engines), "reason": base.reason})
-                display.stage(f"{base.slots} slots on the shared base ({base.reason})")
-                yield slot_trial(base, spec, facts["tokens_per_trial"]), min(base.concurrent, limit), True
-                return
-            reasons = [base.reason]
+        display.stage("Finding how many trials the shared base serves best")
+        slots, reason = engines.plan(facts)
+        if slots:
+            count = len(engines.actors)
+            store.set_sharing({"slots": slots, "engines": count, "reason": reason})
+            display.stage(f"{slots} slots on the shared base ({reason})")
+            yield slot_trial(engines, spec, facts), min(slots * count, limit), True
+            engines.close()
+            return
+        reasons = [reason]
+    engines.close()  # what it holds of the cluster is the trials' now
     store.set_sharing({"slots": 0, "engines": 0, "reason": "; ".join(reasons)})
     display.stage(f"Each trial has a base of its own: {'; '.join(reasons)}")
     job = {

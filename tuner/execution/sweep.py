@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tuner.errors import PromotionRefused, TunerError
+from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import Display, Silent
 from tuner.execution.logs import library_output_to
 from tuner.execution.machine import Placement, place, ray_cluster
@@ -34,10 +35,11 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     display.stage("Starting Ray")
     with ray_cluster() as nodes:
         placement = place(spec, nodes)
-        store = Store.create(spec)
-        with _driving(store, log_output):
-            _search(store, placement, display)
-            _conclude(store, display)
+        with start_engines(spec, placement) as engines:  # first, because it imports for seconds
+            store = Store.create(spec)
+            with _driving(store, log_output):
+                _search(store, engines, placement, display)
+                _conclude(store, display)
     return store
 
 
@@ -57,8 +59,9 @@ def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output
     display.stage("Starting Ray")
     with ray_cluster() as nodes:
         placement = place(store.spec, nodes)
-        with _driving(store, log_output):
-            _search(store, placement, display)
+        prepared = _known_facts(store) is not None
+        with start_engines(store.spec, placement, prepared) as engines, _driving(store, log_output):
+            _search(store, engines, placement, display)
             _conclude(store, display)
     return store
 
@@ -81,14 +84,14 @@ def _driving(store: Store, log_output: bool) -> Iterator[None]:
         raise
 
 
-def _search(store: Store, placement: Placement, display: Display) -> None:
+def _search(store: Store, engines: Engines, placement: Placement, display: Display) -> None:
     """Prepare and run the trials, on a cluster that is up."""
     store.set_status("preparing")
-    facts = prepare_on_ray(store.spec, _known_facts(store), placement, store.folder.log, display)
+    facts = prepare_on_ray(engines, _known_facts(store), display)
     store.set_prepared(facts["tokens_per_trial"], facts["data"], facts["baseline"])
     display.prepared(facts["data"], facts["baseline"], facts["tokens_per_trial"])
     store.set_status("running")
-    search(store, facts, placement, display)
+    search(store, facts, engines, placement, display)
 
 
 def _known_facts(store: Store) -> dict[str, Any] | None:

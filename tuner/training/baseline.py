@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import load_from_disk
@@ -15,8 +15,11 @@ from tuner.errors import DataError, Problem, SpecError
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
-from tuner.training.evaluation import score
+from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is."""
@@ -36,6 +39,10 @@ class Preparation:
         return asdict(self)
 
 
+Measure = Callable[[Preparation], Score]
+"""Scores the untuned base on the evaluation set of a sweep whose `baseline` is still empty."""
+
+
 def prepare_rows(spec: SweepSpec, train: dict[str, Any], progress: Progress | None = None) -> Prepared:
     """The rows a trial with these `train` settings learns from and is scored on; made once, then found in the cache."""
     cache = Root(Path(spec.storage.root)).cache
@@ -43,10 +50,13 @@ def prepare_rows(spec: SweepSpec, train: dict[str, Any], progress: Progress | No
     return prepare(spec.data.model_dump(), train, tokenizer, cache, eval_max_length(spec), progress)
 
 
-def prepare_sweep(spec: SweepSpec, progress: Progress, known: Preparation | None = None) -> Preparation:
+def prepare_sweep(
+    spec: SweepSpec, progress: Progress, known: Preparation | None = None, measure: Measure | None = None
+) -> Preparation:
     """Tokenise, convert the budget to tokens, and score the base. The sweep keeps its own copy of the eval set.
 
     Of a sweep that goes on, `known` is what was found at its start; it is returned if the data are still the same.
+    Without `measure` the base is loaded for this alone.
     """
     root = Root(Path(spec.storage.root))
     progress("Loading the tokenizer", 0, 0)
@@ -54,14 +64,23 @@ def prepare_sweep(spec: SweepSpec, progress: Progress, known: Preparation | None
     if known is not None:
         refuse_changed_data(spec, prepared, known)
         return known
-    tokens = tokens_per_trial(spec, prepared.summary)
+    sweep = Preparation(tokens_per_trial(spec, prepared.summary), prepared.summary, {})
+    shutil.copytree(prepared.eval, root.sweep(spec.name).eval_rows, dirs_exist_ok=True)
     progress("Loading the base", 0, 0)
-    model = load_model(spec.model.model_dump(), root.cache, "cuda" if torch.cuda.is_available() else "cpu")
-    eval_rows = root.sweep(spec.name).eval_rows
-    shutil.copytree(prepared.eval, eval_rows, dirs_exist_ok=True)
-    progress("Measuring the base", 0, 0)
-    result = score(model, load_from_disk(str(eval_rows)), spec.train.get("per_device_eval_batch_size", 8))
-    return Preparation(tokens, prepared.summary, result.as_dict())
+    result = measure(sweep) if measure else score_base(spec, load_base(spec))
+    return replace(sweep, baseline=result.as_dict())
+
+
+def load_base(spec: SweepSpec) -> PreTrainedModel:
+    """The base of a sweep, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(spec.model.model_dump(), Root(Path(spec.storage.root)).cache, device)
+
+
+def score_base(spec: SweepSpec, base: PreTrainedModel) -> Score:
+    """The untuned base's score on the sweep's evaluation set."""
+    rows = load_from_disk(str(Root(Path(spec.storage.root)).sweep(spec.name).eval_rows))
+    return score(base, rows, spec.train.get("per_device_eval_batch_size", 8))
 
 
 def refuse_changed_data(spec: SweepSpec, prepared: Prepared, sweep: Preparation) -> None:

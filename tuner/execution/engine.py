@@ -1,0 +1,184 @@
+"""The engine's process: it holds the base, prepares the sweep, then serves its trials. Nothing else imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from tuner.execution.endings import explain_failure
+from tuner.execution.logs import log_process_to
+from tuner.execution.machine import Placement
+from tuner.execution.trial import FAILURE
+from tuner.spec.layout import Root
+from tuner.spec.sharing import why_not_shared
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import TrialConfig
+
+if TYPE_CHECKING:
+    from tuner.training.baseline import Preparation
+    from tuner.training.evaluation import Score
+    from tuner.training.shared.engine import Engine
+
+MOST_WAITING = 256
+"""Calls an engine may have open: every slot waits in one of its own."""
+MOST_DEATHS = 2
+"""A call outlives so many deaths of its engine: Ray asks again when the engine is back."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engine processes of a sweep, for as long as it needs them."""
+
+    actors: list[Any]
+
+    def plan(self, facts: dict[str, Any]) -> tuple[int, str]:
+        """How many slots each serves best, none where the base cannot be shared; and why."""
+        return ray.get(self.actors[0].plan.remote(facts))
+
+    def close(self) -> None:
+        """End the processes and free what they hold of the cluster."""
+        while self.actors:
+            ray.kill(self.actors.pop())
+
+
+@contextmanager
+def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False) -> Iterator[Engines]:
+    """Start an engine per GPU that trials may use, or one on all the cores they may use; it does not wait for them.
+
+    Trials that cannot share leave nothing to serve: then it is one process with a worker's resources, to prepare the
+    sweep, and it loads no base if that was done before.
+    """
+    shares = not why_not_shared(spec)
+    gpus = placement.resources.get("GPU", 0)
+    threads = _cores(placement) if shares and not gpus else placement.threads
+    actor: Any = ray.remote(EngineActor).options(
+        num_cpus=threads,
+        num_gpus=gpus,
+        max_concurrency=MOST_WAITING,
+        max_restarts=-1,  # an engine that dies does not take the sweep along
+        max_task_retries=MOST_DEATHS,
+    )
+    count = placement.concurrent if shares and gpus else 1
+    asked = spec.model_dump(mode="json")
+    engines = Engines([actor.remote(asked, threads, shares or not prepared) for _ in range(count)])
+    try:
+        yield engines
+    finally:
+        engines.close()
+
+
+def _cores(placement: Placement) -> int:
+    """Of a machine without GPUs, the cores that all trials may use at once, as far as one node has them."""
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return max(placement.threads, min(largest, placement.concurrent * placement.threads))
+
+
+class EngineActor:
+    """One process, one base. Ray starts it again with the same arguments when it dies, and then repeats its calls."""
+
+    def __init__(self, spec: dict[str, Any], threads: int, load: bool):
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for the next joint step leave the cores to others
+        self._spec = SweepSpec.model_validate(spec)
+        self._folder = Root(Path(self._spec.storage.root)).sweep(self._spec.name)
+        if self._folder.path.exists():  # at its first start it may be here before the sweep's folder is
+            log_process_to(self._folder.log)
+        import torch
+
+        import tuner.training.shared.planner  # noqa: F401  # all there is to import, before threads do it piecemeal
+        from tuner.training.baseline import load_base
+
+        torch.set_num_threads(threads)
+        self._base: Future[Any] | None = ThreadPoolExecutor(1).submit(load_base, self._spec) if load else None
+        self._events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
+        self._making = threading.Lock()
+        self._engine: Engine | None = None
+        self._attached: set[int] = set()
+
+    # Before the search
+
+    @ray.method(max_task_retries=0)
+    def prepare(self, known: dict[str, Any] | None) -> dict[str, Any]:
+        """`prepare_sweep`, its facts as a plain dict; rows are tokenised while the base loads."""
+        from tuner.training.baseline import Preparation, prepare_sweep
+
+        log_process_to(self._folder.log)
+        facts = Preparation(**known) if known else None
+        return prepare_sweep(self._spec, lambda *event: self._events.put(event), facts, self._measure).as_dict()
+
+    def events(self) -> list[tuple[str, int, int]]:
+        """What the preparation has reported since it was last asked: stage, done, total."""
+        return [self._events.get() for _ in range(self._events.qsize())]
+
+    def _measure(self, sweep: Preparation) -> Score:
+        from tuner.training.baseline import score_base
+
+        assert self._base is not None
+        base = self._base.result()
+        self._events.put(("Measuring the base", 0, 0))
+        return score_base(self._spec, base)
+
+    @ray.method(max_task_retries=0)
+    def plan(self, facts: dict[str, Any]) -> tuple[int, str]:
+        """How many slots, and why; none for a model that the engine cannot compute."""
+        from tuner.training.baseline import Preparation
+        from tuner.training.dataset import eval_max_length
+        from tuner.training.shared.joint import why_not_joint
+        from tuner.training.shared.planner import plan_slots
+
+        assert self._base is not None
+        refusal = why_not_joint(self._base.result(), eval_max_length(self._spec))
+        if refusal:
+            return 0, refusal
+        plan = plan_slots(self._spec, self._serving(facts), Preparation(**facts))
+        return plan.slots, plan.reason
+
+    # During the search
+
+    def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> dict[str, Any]:
+        """The trial's report at a milestone; or, when it cannot get there, how it ended.
+
+        Whatever is needed for that is made by the first call that needs it: the engine, and the trial's slot.
+        """
+        try:
+            return self._attached_to(config, facts).advance(config["number"], until_tokens).as_dict()
+        except Exception as error:
+            ending = replace(explain_failure(error), log_tail="".join(traceback.format_exception(error)))
+            return {FAILURE: json.dumps(asdict(ending))}
+
+    def detach(self, number: int) -> None:
+        """End the trial, whatever it is doing."""
+        if number in self._attached:
+            assert self._engine is not None
+            self._engine.detach(number)
+            self._attached.remove(number)
+
+    def _attached_to(self, config: TrialConfig, facts: dict[str, Any]) -> Engine:
+        engine = self._serving(facts)
+        with self._making:
+            if config["number"] not in self._attached:
+                engine.attach(config)
+                self._attached.add(config["number"])
+        return engine
+
+    def _serving(self, facts: dict[str, Any]) -> Engine:
+        from tuner.training.baseline import Preparation
+        from tuner.training.shared.engine import Engine
+
+        assert self._base is not None
+        with self._making:
+            if self._engine is None:
+                sweep = Preparation(**facts)
+                self._engine = Engine(self._spec, self._base.result(), sweep, self._folder.eval_rows)
+            return self._engine
