@@ -26,6 +26,7 @@ from tuner.execution.machine import place, ray_cluster
 from tuner.execution.search import search
 from tuner.results.record import outcome_counts
 from tuner.results.store import Store
+from tuner.spec.trial import Report
 
 WORKLOADS = ((16, 4), (64, 8))  # trials, evaluations of each
 AT_ONCE = 8
@@ -37,10 +38,10 @@ class NoEngine:
     def plan(self, facts: Any) -> tuple[int, str]:
         return AT_ONCE, "nothing is trained"
 
-    def advance(self, config: Any, facts: Any, until_tokens: int) -> dict[str, Any]:
+    def advance(self, config: Any, facts: Any, until_tokens: int) -> Report:
         number = config["number"]
         loss = 2 + 1 / until_tokens + number / 1000
-        return make_report(until_tokens, loss, adapter_path=f"/nowhere/{number}-{until_tokens}").as_dict()
+        return make_report(until_tokens, loss, adapter_path=f"/nowhere/{number}-{until_tokens}")
 
     def detach(self, number: int) -> None: ...
 

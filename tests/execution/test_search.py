@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from made_by_hand import make_report, make_spec
 
 from tuner.execution.events import Silent
-from tuner.execution.search import _Trials
+from tuner.execution.trials import Trials
 from tuner.results.store import Store
 
 
@@ -29,7 +29,7 @@ def statements() -> Iterator[list[str]]:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
-def run_trial(trials: _Trials, folder: Path, loss: float) -> tuple[int, int]:
+def run_trial(trials: Trials, folder: Path, loss: float) -> tuple[int, int]:
     """Statements of a trial with two reports: of one of these, and of all else."""
     with statements() as around:
         config = trials.ask()
@@ -37,9 +37,8 @@ def run_trial(trials: _Trials, folder: Path, loss: float) -> tuple[int, int]:
         for tokens in (500, 1000):
             path = folder / "adapters" / f"{config['number']}-{tokens}"
             path.mkdir(parents=True)
-            result = make_report(tokens, loss - tokens / 1e6).as_dict() | {"checkpoint_path": str(path)}
             with statements() as one_report:
-                trials.take(config["number"], result)
+                trials.reported(config["number"], make_report(tokens, loss - tokens / 1e6, adapter_path=str(path)))
         trials.ended(config["number"])
     return len(one_report), len(around)
 
@@ -48,8 +47,19 @@ def test_a_trial_costs_the_same_however_many_there_were(tmp_path):
     budget = {"trials": 30, "tokens_per_trial": 1000, "evals_per_trial": 2}
     spec = make_spec(tmp_path, budget=budget, search={"sampler": "random"}, stopping={"type": "none"})
     store = Store.create(spec)
-    trials = _Trials(store, {"tokens_per_trial": 1000}, Silent())
+    trials = Trials(store, {"tokens_per_trial": 1000}, Silent())
     costs = [run_trial(trials, tmp_path, 3 - number / 100) for number in range(30)]
     assert costs[5:] == [costs[5]] * 25
     assert costs[5][0] <= 10
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"27-1000", "28-1000", "29-1000"}
+
+
+def test_a_trial_that_was_put_off_is_asked_again_after_the_others_under_its_number(tmp_path):
+    spec = make_spec(tmp_path, budget={"trials": 3, "tokens_per_trial": 1000, "evals_per_trial": 2})
+    trials = Trials(Store.create(spec), {"tokens_per_trial": 1000}, Silent())
+    first = trials.ask()
+    trials.put_off(0, "it needs a base of its own")
+    assert [trials.ask()["number"], trials.ask()["number"], trials.ask()] == [1, 2, None]
+    trials.take_up()
+    assert (trials.remaining, trials.ask()["point"]) == (1, first["point"])
+    assert trials.ask() is None

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tuner.execution.endings import explain_failure
+from tuner.errors import NotShareable
+from tuner.errors import NotShareable
+from tuner.execution.apart import TrialApart
+from tuner.execution.endings import explain_failure, tail
 from tuner.execution.logs import log_process_to
 from tuner.execution.machine import Placement
-from tuner.execution.trial import FAILURE
 from tuner.spec.layout import Root
-from tuner.spec.sharing import why_not_shared
+from tuner.spec.sharing import why_apart, why_not_shared
 from tuner.spec.sweep import SweepSpec
-from tuner.spec.trial import TrialConfig
+from tuner.spec.trial import Ending, Report, TrialConfig
 
 if TYPE_CHECKING:
     from tuner.training.baseline import Preparation
@@ -105,6 +106,7 @@ class EngineActor:
         self._making = threading.Lock()
         self._engine: Engine | None = None
         self._attached: set[int] = set()
+        self._apart: dict[int, TrialApart] = {}
 
     # Before the search
 
@@ -149,20 +151,27 @@ class EngineActor:
     def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> dict[str, Any]:
         """The trial's report at a milestone; or, when it cannot get there, how it ended.
 
-        Whatever is needed for that is made by the first call that needs it: the engine, and the trial's slot.
+        Whatever is needed for that is made by the first call that needs it: the engine, and the trial's place on it.
         """
         try:
-            return self._attached_to(config, facts).advance(config["number"], until_tokens).as_dict()
+            if not why_apart(config):
+                with suppress(NotShareable):
+                    return self._attached_to(config, facts).advance(config["number"], until_tokens).as_dict()
+            return self._beside(config, facts).advance(until_tokens).as_dict()
         except Exception as error:
-            ending = replace(explain_failure(error), log_tail="".join(traceback.format_exception(error)))
-            return {FAILURE: json.dumps(asdict(ending))}
+            ending = explain_failure(error)
+            apart = self._apart.get(config["number"])
+            told = tail(apart.log) if apart else "".join(traceback.format_exception(error))
+            return {FAILURE: json.dumps(asdict(replace(ending, log_tail=told)))}
 
     def detach(self, number: int) -> None:
         """End the trial, whatever it is doing."""
         if number in self._attached:
             assert self._engine is not None
-            self._engine.detach(number)
             self._attached.remove(number)
+            self._engine.detach(number)
+        if number in self._apart:
+            self._apart.pop(number).close()
 
     def _attached_to(self, config: TrialConfig, facts: dict[str, Any]) -> Engine:
         engine = self._serving(facts)
@@ -171,6 +180,13 @@ class EngineActor:
                 engine.attach(config)
                 self._attached.add(config["number"])
         return engine
+
+    def _beside(self, config: TrialConfig, facts: dict[str, Any]) -> TrialApart:
+        number = config["number"]
+        with self._making:
+            if number not in self._apart:
+                self._apart[number] = TrialApart(self._spec, config, facts)
+            return self._apart[number]
 
     def _serving(self, facts: dict[str, Any]) -> Engine:
         from tuner.training.baseline import Preparation

@@ -1,0 +1,121 @@
+"""The trials of a running sweep: what is asked, reported and ended becomes records; and what ends them all."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from typing import Any
+
+from tuner.execution.events import Display
+from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
+from tuner.results.store import Store
+from tuner.search.study import Search
+from tuner.spec.trial import Ending, Report, TrialConfig
+
+
+class Trials:
+    """What whoever runs trials calls, in the driver's main thread."""
+
+    def __init__(self, store: Store, facts: dict[str, Any], display: Display):
+        self.halt = Halt(store, display)
+        self._search = Search(store.spec, store.study, facts["tokens_per_trial"])
+        self._store = store
+        self._display = display
+        self._running: set[int] = set()
+        self._failures: dict[int, Ending] = {}
+        self._put_off: list[int] = []
+
+    @property
+    def remaining(self) -> int:
+        """How many trials are still to be asked for."""
+        return self._search.remaining
+
+    def ask(self) -> TrialConfig | None:
+        """The next trial, which starts now; None when there is none, or none is to start any more."""
+        if self.halt.stop_all():
+            return None
+        config = self._search.ask()
+        if config is not None:
+            number = config["number"]
+            shutil.rmtree(self._store.folder.trial(number), ignore_errors=True)  # what an earlier attempt left
+            self._store.start_trial(number, config)
+            self._running.add(number)
+            self._display.trial_started(number, config["point"])
+        return config
+
+    def reported(self, number: int, report: Report) -> bool:
+        """Take one evaluation; return True when the trial should stop now."""
+        self._store.add_report(number, report)
+        drop_worse_adapters(self._store, number)
+        self._display.trial_reported(number, report)
+        return self._search.report(number, report)
+
+    def failed(self, number: int, ending: Ending) -> None:
+        """What a trial says of its own end, which is about to come."""
+        self._failures[number] = ending
+
+    def ended(self, number: int) -> None:
+        """Record the end of a trial, however it came."""
+        self._running.discard(number)
+        failure = self._failures.get(number)
+        if self.halt.interrupted and not self._search.is_decided(number):
+            return  # whatever it was: it stays unfinished, for `tuner resume`
+        if self.halt.reason and failure is None:
+            failure = Ending("STOPPED", "time limit", self.halt.reason)
+        ending = self._search.ending(number, failure)
+        self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
+        self._search.tell(number, ending)
+        keep_best_adapters(self._store)
+        self._display.trial_finished(self._store.record(number))
+
+    def end_the_rest(self) -> None:
+        """Those that were running when all were told to stop, of which nobody has said more."""
+        for number in sorted(self._running):
+            self.ended(number)
+
+    def put_off(self, number: int, reason: str) -> None:
+        """Of a trial that cannot run in this way: leave it until `take_up`."""
+        self._running.discard(number)
+        self._put_off.append(number)
+        self._display.stage(f"Trial {number} waits for a base of its own: {reason}")
+
+    def take_up(self) -> None:
+        """Propose what was put off again."""
+        while self._put_off:
+            self._search.give_back(self._put_off.pop(0))
+
+
+class Halt:
+    """Ends the search between two results: on the first Ctrl-C, a cancellation, or when the time is up."""
+
+    def __init__(self, store: Store, display: Display):
+        self._limit = store.spec.budget.time_limit
+        self._deadline = time.monotonic() + self._limit - store.status().elapsed_s if self._limit else None
+        self._display = display
+        self.interrupted = False
+        self.reason: str | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupt(self, signum: int, frame: object) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._previous)  # a second Ctrl-C does not wait
+
+    def stop_all(self) -> bool:
+        """Whether everything is to end, and nothing to start any more."""
+        if self.reason is None:
+            if self.interrupted:
+                self.reason = "interrupted"
+            elif self._deadline is not None and time.monotonic() > self._deadline:
+                self.reason = f"budget.time_limit of {self._limit:g} s"
+            if self.reason:
+                self._display.stage(f"Ending what runs: {self.reason}")
+        return self.reason is not None
