@@ -52,14 +52,3 @@ def test_a_trial_costs_the_same_however_many_there_were(tmp_path):
     assert costs[5:] == [costs[5]] * 25
     assert costs[5][0] <= 10
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"27-1000", "28-1000", "29-1000"}
-
-
-def test_a_trial_that_was_put_off_is_asked_again_after_the_others_under_its_number(tmp_path):
-    spec = make_spec(tmp_path, budget={"trials": 3, "tokens_per_trial": 1000, "evals_per_trial": 2})
-    trials = Trials(Store.create(spec), {"tokens_per_trial": 1000}, Silent())
-    first = trials.ask()
-    trials.put_off(0, "it needs a base of its own")
-    assert [trials.ask()["number"], trials.ask()["number"], trials.ask()] == [1, 2, None]
-    trials.take_up()
-    assert (trials.remaining, trials.ask()["point"]) == (1, first["point"])
-    assert trials.ask() is None

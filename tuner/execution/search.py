@@ -18,6 +18,7 @@ from tuner.execution.trials import Halt, Trials
 from tuner.results.store import Store
 from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
 from tuner.spec.sharing import why_not_shared
+from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, milestones
 
 
@@ -27,37 +28,34 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     `facts` is the sweep's `Preparation` as a plain dict. Raises KeyboardInterrupt after a Ctrl-C, when no trial runs
     any more; those it cut off stay unfinished, for `tuner resume`.
     """
+    spec = store.spec
     trials = Trials(store, facts, display)
+    slots, reason = _slots(spec, facts, engines, display)
+    count = len(engines.actors) if slots else 0
+    store.set_sharing({"slots": slots, "engines": count, "reason": reason})
     with trials.halt:
-        reasons = why_not_shared(store.spec) or _search_shared(store, trials, facts, engines, display)
-        engines.close()  # what they hold of the cluster is the other trials' now
-        if reasons:
-            store.set_sharing({"slots": 0, "engines": 0, "reason": "; ".join(reasons)})
-            display.stage(f"Each trial has a base of its own: {'; '.join(reasons)}")
-        trials.take_up()
-        if trials.remaining and not trials.halt.stop_all():
+        if slots:
+            display.stage(f"{slots} slots on the shared base ({reason})")
+            places = (engines.actors * slots)[: spec.resources.max_concurrent_trials]
+            display.stage(f"Searching: {trials.remaining} trials, {min(len(places), trials.remaining)} at a time")
+            run_slots(trials, places, facts, milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial))
+            engines.close()
+        else:
+            display.stage(f"Each trial has a base of its own: {reason}")
+            engines.close()  # what they hold of the cluster is the trials' now
             _search_dedicated(store, trials, facts, placement, display)
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt
 
 
-def _search_shared(
-    store: Store, trials: Trials, facts: dict[str, Any], engines: Engines, display: Display
-) -> list[str]:
-    """Run what can share a base; returns why nothing can, where that turns out only now."""
+def _slots(spec: SweepSpec, facts: dict[str, Any], engines: Engines, display: Display) -> tuple[int, str]:
+    """How many slots each engine serves, and why; none where trials cannot share a base."""
+    reasons = why_not_shared(spec)
+    if reasons:
+        return 0, "; ".join(reasons)
     display.stage("Finding how many trials the shared base serves best")
-    slots, reason = engines.plan(facts)
-    if not slots:
-        return [reason]
-    spec, count = store.spec, len(engines.actors)
-    store.set_sharing({"slots": slots, "engines": count, "reason": reason})
-    display.stage(f"{slots} slots on the shared base ({reason})")
-    concurrent = min(slots * count, spec.resources.max_concurrent_trials or spec.budget.trials)
-    display.stage(f"Searching: {trials.remaining} trials, {concurrent} at a time")
-    ahead = milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial)
-    run_slots(trials, engines.actors, facts, ahead, concurrent)
-    return []
+    return engines.plan(facts)
 
 
 def _search_dedicated(

@@ -12,7 +12,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from tuner.errors import NotShareable
 from tuner.execution.endings import explain_failure
 from tuner.execution.trials import Trials
 from tuner.spec.trial import Ending, Report, TrialConfig
@@ -21,15 +20,15 @@ PATIENCE_S = 0.2
 """How long a Ctrl-C, or the end of the time, may go unnoticed."""
 
 
-def run_slots(trials: Trials, engines: list[Any], facts: dict[str, Any], ahead: list[int], slots: int) -> None:
-    """Run trials, so many at once, until there are no more or the search is halted; then some may still be running.
+def run_slots(trials: Trials, places: list[Any], facts: dict[str, Any], ahead: list[int]) -> None:
+    """Run trials until there are no more or the search is halted; then some may still be running.
 
-    `ahead` are the token counts of a trial's evaluations. A trial that cannot share is put off.
+    `places` names an engine for every slot; `ahead` are the token counts of a trial's evaluations.
     """
     running: dict[ray.ObjectRef, Iterator[ray.ObjectRef]] = {}
     while not trials.halt.stop_all():
-        while len(running) < slots and (config := trials.ask()):
-            life = _life(trials, engines[config["number"] % len(engines)], config, facts, ahead)
+        while places and (config := trials.ask()):
+            life = _life(trials, places, config, facts, ahead)
             running[next(life)] = life
         if not running:
             return
@@ -41,33 +40,25 @@ def run_slots(trials: Trials, engines: list[Any], facts: dict[str, Any], ahead: 
 
 
 def _life(
-    trials: Trials, engine: Any, config: TrialConfig, facts: dict[str, Any], ahead: list[int]
+    trials: Trials, places: list[Any], config: TrialConfig, facts: dict[str, Any], ahead: list[int]
 ) -> Iterator[ray.ObjectRef]:
     """One trial, from evaluation to evaluation; yields every call that it waits for."""
-    yield from _training(trials, engine, config, facts, ahead)
-    yield engine.detach.remote(config["number"])
-
-
-def _training(
-    trials: Trials, engine: Any, config: TrialConfig, facts: dict[str, Any], ahead: list[int]
-) -> Iterator[ray.ObjectRef]:
-    number = config["number"]
+    number, engine = config["number"], places.pop(0)
     for until_tokens in ahead:
         call = engine.advance.remote(config, facts, until_tokens)
         yield call
         came_to = _outcome(call)
-        if isinstance(came_to, NotShareable):
-            trials.put_off(number, str(came_to))
-            return
         if isinstance(came_to, Ending):
             trials.failed(number, came_to)
             break
         if trials.reported(number, came_to):
             break
     trials.ended(number)
+    yield engine.detach.remote(number)
+    places.append(engine)
 
 
-def _outcome(call: ray.ObjectRef) -> Report | Ending | NotShareable:
+def _outcome(call: ray.ObjectRef) -> Report | Ending:
     try:
         return ray.get(call)
     except RayActorError as error:  # Ray has asked again, as often as an engine's death is survived

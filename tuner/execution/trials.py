@@ -25,7 +25,6 @@ class Trials:
         self._display = display
         self._running: set[int] = set()
         self._failures: dict[int, Ending] = {}
-        self._put_off: list[int] = []
 
     @property
     def remaining(self) -> int:
@@ -74,17 +73,6 @@ class Trials:
         """Those that were running when all were told to stop, of which nobody has said more."""
         for number in sorted(self._running):
             self.ended(number)
-
-    def put_off(self, number: int, reason: str) -> None:
-        """Of a trial that cannot run in this way: leave it until `take_up`."""
-        self._running.discard(number)
-        self._put_off.append(number)
-        self._display.stage(f"Trial {number} waits for a base of its own: {reason}")
-
-    def take_up(self) -> None:
-        """Propose what was put off again."""
-        while self._put_off:
-            self._search.give_back(self._put_off.pop(0))
 
 
 class Halt:

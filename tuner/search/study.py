@@ -98,11 +98,6 @@ class Search:
             return decided
         return failure or Ending("FAILED", "worker-lost", "the trial's process ended without a word")
 
-    def give_back(self, number: int) -> None:
-        """Take back a trial that could not run now; it will be asked for again."""
-        self._unfinished.append(self._trials.pop(number))
-        self.remaining += 1
-
     def tell(self, number: int, ending: Ending) -> None:
         """Record the end of a trial in Optuna; nothing about the trial can change afterwards."""
         trial = self._trials.pop(number)
