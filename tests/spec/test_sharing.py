@@ -1,4 +1,4 @@
-"""Which sweeps share a base, and what `tuner check` says of the others."""
+"""Which sweeps share a base, which of their trials train apart, and what `tuner check` says of both."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from tuner.cli.screens import show_spec
 from tuner.spec.load import parse_spec
-from tuner.spec.sharing import why_not_shared
+from tuner.spec.sharing import trials_apart, why_apart, why_not_shared
+from tuner.spec.space import resolve
+from tuner.spec.sweep import SweepSpec
 
 
-def reasons(tmp_path: Path, **changes: Any) -> list[str]:
+def spec_of(tmp_path: Path, **changes: Any) -> SweepSpec:
     (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n')
     values: dict[str, Any] = {
         "name": "sharing",
@@ -20,7 +23,7 @@ def reasons(tmp_path: Path, **changes: Any) -> list[str]:
         "space": {"train.learning_rate": {"type": "log_uniform", "low": 1e-4, "high": 1e-2}},
         "budget": {"trials": 4, "tokens_per_trial": 1000},
     }
-    return why_not_shared(parse_spec(values | changes, tmp_path))
+    return parse_spec(values | changes, tmp_path)
 
 
 def choice(*values: object) -> dict[str, Any]:
@@ -35,11 +38,24 @@ def choice(*values: object) -> dict[str, Any]:
         {"model": {"name": "org/model", "quantization": "nf4"}},
         {"train": {"gradient_checkpointing": True, "neftune_noise_alpha": 5, "packing": "bfd"}},
         {"resources": {"share_base": 4}},
+        {"space": {"train.optim": choice("adamw_torch", "sgd", "rmsprop", "adagrad")}},
+        {"space": {"lora.init_lora_weights": choice(True, "gaussian", "orthogonal")}},
+        {
+            "train": {
+                "tf32": True,
+                "dataloader_drop_last": True,
+                "pad_to_multiple_of": 8,
+                "packing": "bfd",
+                "padding_free": True,
+            }
+        },
     ],
     ids=str,
 )
 def test_lora_sweeps_share_a_base(changes, tmp_path):
-    assert reasons(tmp_path, **changes) == []
+    spec = spec_of(tmp_path, **changes)
+    assert why_not_shared(spec) == trials_apart(spec) == []
+    assert why_apart(resolve(spec, 0, {})) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +63,12 @@ def test_lora_sweeps_share_a_base(changes, tmp_path):
     [
         ({"lora": None}, "full fine-tuning changes every weight of the base"),
         ({"lora": {"use_dora": True}}, "lora.use_dora: DoRA rescales the base's own columns"),
-        ({"space": {"lora.use_dora": choice(True, False)}}, "lora.use_dora: DoRA rescales the base's own columns"),
+        ({"space": {"lora.use_dora": choice(True)}}, "lora.use_dora: DoRA rescales the base's own columns"),
+        ({"lora": {"init_lora_weights": "mica"}}, "lora.init_lora_weights: this init is a variant of LoRA"),
+        ({"train": {"optim": "adafactor"}}, "train.optim: the optimizer is not elementwise"),
+        ({"space": {"train.optim": choice("lomo", "adafactor")}}, "train.optim: the optimizer is not elementwise"),
+        ({"train": {"torch_compile_mode": "default"}}, "train.torch_compile_mode: the joint step is not compiled"),
+        ({"train": {"full_determinism": True}}, "train.full_determinism: full_determinism changes the whole process"),
         (
             {"lora": {"modules_to_save": ["embed_tokens"]}},
             "lora.modules_to_save: modules_to_save trains whole modules of the base",
@@ -67,4 +88,54 @@ def test_lora_sweeps_share_a_base(changes, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_share_is_named(changes, reason, tmp_path):
-    assert reasons(tmp_path, **changes) == [reason]
+    assert why_not_shared(spec_of(tmp_path, **changes)) == [reason]
+
+
+RATE = {"train.learning_rate": {"type": "log_uniform", "low": 1e-4, "high": 1e-2}}
+
+
+@pytest.mark.parametrize(
+    ("space", "sentence", "apart", "shares"),
+    [
+        (
+            {"lora.use_dora": choice(True, False)},
+            "trials with lora.use_dora true train apart: DoRA rescales the base's own columns",
+            {"lora.use_dora": True},
+            {"lora.use_dora": False},
+        ),
+        (
+            {"train.optim": choice("adamw_torch", "adafactor", "lomo")},
+            "trials with train.optim adafactor or lomo train apart: the optimizer is not elementwise",
+            {"train.optim": "lomo"},
+            {"train.optim": "adamw_torch"},
+        ),
+        (
+            {"lora.use_dora": choice(True) | {"when": {"lora.r": [8]}}, "lora.r": choice(8, 16)},
+            "trials with lora.use_dora true train apart: DoRA rescales the base's own columns",
+            {"lora.use_dora": True, "lora.r": 8},
+            {"lora.r": 16},
+        ),
+        (
+            {"train.label_smoothing_factor": {"type": "uniform", "low": 0, "high": 0.2}},
+            "trials with train.label_smoothing_factor 0 to 0.2 train apart: the joint loss is not smoothed",
+            {"train.label_smoothing_factor": 0.1},
+            {"train.label_smoothing_factor": 0.0},
+        ),
+        (
+            {"train.tf32": choice(True, False)},
+            "trials with train.tf32 true train apart: tf32 is switched for a whole process",
+            {"train.tf32": True},
+            {"train.tf32": False},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_only_some_trials_have_sends_only_those_apart(space, sentence, apart, shares, tmp_path, capsys):
+    spec = spec_of(tmp_path, space=RATE | space)
+    assert why_not_shared(spec) == []
+    assert trials_apart(spec) == [sentence]
+    (reason,) = why_apart(resolve(spec, 0, apart))
+    assert reason.split(": ")[1] == sentence.split(": ")[1]
+    assert why_apart(resolve(spec, 0, shares)) == []
+    show_spec(spec)
+    assert f"shared by the trials; {sentence}" in capsys.readouterr().out

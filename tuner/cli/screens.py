@@ -28,7 +28,7 @@ from tuner.results.text import (
     leaderboard_columns,
     scores_text,
 )
-from tuner.spec.sharing import why_not_shared
+from tuner.spec.sharing import trials_apart, why_not_shared
 from tuner.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
@@ -267,6 +267,13 @@ def show_overview(rows: Sequence[dict[str, Any]]) -> None:
             print(f"{row['name']}: {row['problem']}", file=sys.stderr)
 
 
+def _base_text(spec: SweepSpec) -> str:
+    reasons = why_not_shared(spec)
+    if reasons:
+        return "; ".join(f"one each: {reason}" for reason in reasons)
+    return "; ".join(["shared by the trials", *trials_apart(spec)])
+
+
 def show_spec(spec: SweepSpec) -> None:
     """Print what a sound spec asks for."""
     budget = spec.budget
@@ -281,7 +288,7 @@ def show_spec(spec: SweepSpec) -> None:
         "budget": f"{budget.trials} trials of {amount}, {budget.evals_per_trial} evaluations each{limit}",
         "search": f"{spec.search.sampler}, early stopping {spec.stopping.type}",
         "objective": f"{spec.objective.goal} {spec.objective.metric}",
-        "base": "; ".join(f"one each: {reason}" for reason in why_not_shared(spec)) or "shared by the trials",
+        "base": _base_text(spec),
         "root": spec.storage.root,
     }
     for key, value in facts.items():

@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tuner.errors import NotShareable
 from tuner.errors import NotShareable
 from tuner.execution.apart import TrialApart
 from tuner.execution.endings import explain_failure, tail
@@ -148,21 +147,25 @@ class EngineActor:
 
     # During the search
 
-    def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> dict[str, Any]:
+    def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> Report | Ending:
         """The trial's report at a milestone; or, when it cannot get there, how it ended.
 
-        Whatever is needed for that is made by the first call that needs it: the engine, and the trial's place on it.
+        Whatever is needed for that is made by the first call that needs it: the engine, the trial's slot, or for a
+        trial that cannot be one a process apart.
         """
+        number = config["number"]
         try:
-            if not why_apart(config):
-                with suppress(NotShareable):
-                    return self._attached_to(config, facts).advance(config["number"], until_tokens).as_dict()
-            return self._beside(config, facts).advance(until_tokens).as_dict()
+            if number not in self._apart and not why_apart(config):
+                try:
+                    return self._attached_to(config, facts).advance(number, until_tokens)
+                except NotShareable as refusal:
+                    print(f"trial {number} trains apart: {refusal}", flush=True)
+            return self._beside(config, facts).advance(until_tokens)
         except Exception as error:
-            ending = explain_failure(error)
-            apart = self._apart.get(config["number"])
-            told = tail(apart.log) if apart else "".join(traceback.format_exception(error))
-            return {FAILURE: json.dumps(asdict(replace(ending, log_tail=told)))}
+            told = "".join(traceback.format_exception(error))
+            if number in self._apart:
+                told = tail(self._folder.trial_log(number)) or told
+            return replace(explain_failure(error), log_tail=told)
 
     def detach(self, number: int) -> None:
         """End the trial, whatever it is doing."""

@@ -1,36 +1,50 @@
-"""Which sweeps can train many trials on one base, and what stands in the way of the others."""
+"""Which sweeps train their trials on one base, which trials of those need a process apart, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tuner.spec.space import Choice, Distribution
 from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import TrialConfig
 
-# Any other value than those given means that a trial is more than low-rank products beside frozen linear layers, or
-# that its loss is not the mean negative log-likelihood that all slots are computed with.
+# Any other value than those given means that a trial is more than low-rank products beside frozen linear layers, that
+# its loss is not the mean negative log-likelihood that all slots are computed with, that its optimizer sees more than
+# one number at a time, or that it would change what its neighbours compute.
 _NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
     "lora.use_dora": ((False,), "DoRA rescales the base's own columns"),
+    "lora.init_lora_weights": ((True, False, "gaussian", "orthogonal"), "this init is a variant of LoRA"),
     "lora.modules_to_save": ((None, []), "modules_to_save trains whole modules of the base"),
     "lora.trainable_token_indices": ((None, [], {}), "trainable_token_indices trains rows of the embedding"),
     "lora.target_parameters": ((None, []), "target_parameters adapts what is no linear layer"),
     "lora.bias": (("none",), "lora.bias trains the base's biases"),
     "lora.fan_in_fan_out": ((False,), "fan_in_fan_out layers store their weights transposed"),
     "model.dtype": (("float32", "bfloat16"), "float16 scales each trial's loss by itself"),
+    "train.optim": (
+        ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"),
+        "the optimizer is not elementwise",
+    ),
     "train.loss_type": (("nll",), "the joint loss is nll"),
     "train.label_smoothing_factor": ((0, 0.0), "the joint loss is not smoothed"),
     "train.torch_compile": ((False,), "the joint step is not compiled"),
+    "train.torch_compile_backend": ((None,), "the joint step is not compiled"),
+    "train.torch_compile_mode": ((None,), "the joint step is not compiled"),
     "train.use_liger_kernel": ((False,), "the joint step has its own head"),
     "train.activation_offloading": ((False,), "the joint step keeps its activations"),
+    "train.full_determinism": ((False,), "full_determinism changes the whole process"),
 }
+_OF_A_PROCESS = {"train.tf32": "tf32 is switched for a whole process"}
+"""Keys that may have any one value, but not several."""
 
 
 def why_not_shared(spec: SweepSpec) -> list[str]:
-    """Reasons why the trials of a sweep each need their own model; empty when they can share one base."""
-    return list(_reasons(spec))
+    """Reasons why every trial of a sweep needs a model of its own; empty when trials can share one base."""
+    return list(_of_all_trials(spec))
 
 
-def _reasons(spec: SweepSpec) -> Iterator[str]:
+def _of_all_trials(spec: SweepSpec) -> Iterator[str]:
     if spec.resources.share_base == "off":
         yield "resources.share_base is off"
     if spec.lora is None:
@@ -40,17 +54,44 @@ def _reasons(spec: SweepSpec) -> Iterator[str]:
     for key in spec.space:
         if key.startswith("model."):
             yield f"{key} is searched: the trials have different bases"
+    sections = {"model": spec.model.model_dump(), "train": spec.train, "lora": spec.lora or {}}
     for key, (allowed, reason) in _NEEDED.items():
-        if any(value not in allowed for value in _values(spec, key)):
+        searched = spec.space.get(key)
+        if searched is None:
+            refused = _value(sections, key, allowed[0]) not in allowed
+        else:
+            refused = searched.when is None and not any(value in allowed for value in _values(searched))
+        if refused:
             yield f"{key}: {reason}"
 
 
-def _values(spec: SweepSpec, key: str) -> list[Any]:
-    """Every value that trials may have for a key that the spec mentions."""
-    distribution = spec.space.get(key)
-    if distribution is not None:
-        return list(distribution.values) if distribution.type == "choice" else [distribution.low, distribution.high]
+def why_apart(config: TrialConfig) -> list[str]:
+    """Reasons why a trial of a sweep that shares its base needs a process apart; empty for a slot."""
+    reasons = [
+        f"{key}: {reason}"
+        for key, (allowed, reason) in _NEEDED.items()
+        if _value(config, key, allowed[0]) not in allowed
+    ]
+    return reasons + [f"{key}: {reason}" for key, reason in _OF_A_PROCESS.items() if config["point"].get(key)]
+
+
+def trials_apart(spec: SweepSpec) -> list[str]:
+    """Which trials of a sweep that shares its base train apart, and why: a sentence for each searched key."""
+    sentences = []
+    for key, searched in spec.space.items():
+        allowed, reason = _NEEDED.get(key, ((None, False), _OF_A_PROCESS.get(key)))
+        refused = [json.dumps(value).strip('"') for value in _values(searched) if value not in allowed]
+        if reason and refused:
+            which = " or ".join(refused) if isinstance(searched, Choice) else f"{searched.low:g} to {searched.high:g}"
+            sentences.append(f"trials with {key} {which} train apart: {reason}")
+    return sentences
+
+
+def _value(sections: Mapping[str, Any], key: str, default: Any) -> Any:
     section, field = key.split(".", 1)
-    values = getattr(spec, section)
-    values = values.model_dump() if section == "model" else values or {}
-    return [values[field]] if field in values else []
+    return (sections[section] or {}).get(field, default)
+
+
+def _values(distribution: Distribution) -> list[Any]:
+    """The values of a choice, or the ends of a range."""
+    return list(distribution.values) if isinstance(distribution, Choice) else [distribution.low, distribution.high]
