@@ -9,10 +9,11 @@ from typing import Any
 from ray import tune
 from ray.tune.stopper import Stopper
 
+from tuner.execution.alone import start_workers
 from tuner.execution.engine import Engines
 from tuner.execution.events import Display
 from tuner.execution.machine import Placement
-from tuner.execution.slots import run_slots
+from tuner.execution.places import run_in_places
 from tuner.execution.trial import FAILURE, dedicated_trial
 from tuner.execution.trials import Halt, Trials
 from tuner.results.store import Store
@@ -33,17 +34,20 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     slots, reason = _slots(spec, facts, engines, display)
     count = len(engines.actors) if slots else 0
     store.set_sharing({"slots": slots, "engines": count, "reason": reason})
+    places = (engines.actors * slots)[: spec.resources.max_concurrent_trials]
+    display.stage(f"{slots} slots on the shared base ({reason})" if slots else f"Each trial has its own base: {reason}")
+    at_once = min(len(places) or placement.concurrent, trials.remaining)
+    display.stage(f"Searching: {trials.remaining} trials, {at_once} at a time")
+    ahead = milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial)
     with trials.halt:
         if slots:
-            display.stage(f"{slots} slots on the shared base ({reason})")
-            places = (engines.actors * slots)[: spec.resources.max_concurrent_trials]
-            display.stage(f"Searching: {trials.remaining} trials, {min(len(places), trials.remaining)} at a time")
-            run_slots(trials, places, facts, milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial))
-            engines.close()
-        else:
-            display.stage(f"Each trial has a base of its own: {reason}")
-            engines.close()  # what they hold of the cluster is the trials' now
-            _search_dedicated(store, trials, facts, placement, display)
+            run_in_places(trials, places, facts, ahead)
+        engines.close()  # what they hold of the cluster is the dedicated trials' now
+        if not slots and placement.workers == 1:
+            with start_workers(spec, placement) as workers:
+                run_in_places(trials, workers, facts, ahead)
+        elif not slots:
+            _search_on_tune(store, trials, facts, placement)
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt
@@ -58,10 +62,8 @@ def _slots(spec: SweepSpec, facts: dict[str, Any], engines: Engines, display: Di
     return engines.plan(facts)
 
 
-def _search_dedicated(
-    store: Store, trials: Trials, facts: dict[str, Any], placement: Placement, display: Display
-) -> None:
-    """Run trials that have workers of their own, as Tune starts and stops them."""
+def _search_on_tune(store: Store, trials: Trials, facts: dict[str, Any], placement: Placement) -> None:
+    """Run trials of several workers each, as Tune starts and stops them."""
     job = {
         "spec": store.spec.model_dump(mode="json"),
         "preparation": facts,
@@ -78,7 +80,6 @@ def _search_dedicated(
             return False
         return trials.reported(number, Report.from_dict({**result, "adapter_path": result["checkpoint_path"]}))
 
-    display.stage(f"Searching: {trials.remaining} trials, {placement.concurrent} at a time")
     tune.Tuner(
         tune.with_resources(tune.with_parameters(dedicated_trial, job=job), coordinator),
         tune_config=tune.TuneConfig(

@@ -1,4 +1,4 @@
-"""A dedicated trial on Ray: a Tune function that starts a Ray Train `TorchTrainer`, whose workers run the trial."""
+"""A trial of several workers: a Tune function that starts a Ray Train `TorchTrainer`, whose workers run the trial."""
 
 from __future__ import annotations
 

@@ -1,0 +1,143 @@
+"""A trial of one worker in a process of its own: a stock SFTTrainer, without Ray Train and without a process group.
+
+The process is there, with everything imported, before its trial is. Without a GPU it is forked from one that imports
+once for all; a GPU that was opened before a fork cannot be used after it, so there each process imports for itself,
+while the trial before it trains.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tuner.execution.endings import explain_failure, tail
+from tuner.execution.logs import log_process_to
+from tuner.execution.machine import Placement
+from tuner.spec.layout import Root
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Ending, Report, TrialConfig
+
+_IMPORTED_BEFORE_A_FORK = ["tuner.execution.alone", "tuner.training.trial", "deepspeed"]  # accelerate looks at the last
+
+
+class TrialAlone:
+    """A trial's process. It trains as far as it is asked to, and ends when it is closed or this process ends."""
+
+    def __init__(self, spec: SweepSpec, threads: int):
+        processes = multiprocessing.get_context("spawn" if ray.get_gpu_ids() else "forkserver")
+        processes.set_forkserver_preload(_IMPORTED_BEFORE_A_FORK)
+        self._folder = Root(Path(spec.storage.root)).sweep(spec.name)
+        self._pipe, theirs = processes.Pipe()
+        arguments = (theirs, spec.model_dump(mode="json"), threads)
+        self._process: Any = processes.Process(target=_train, args=arguments, daemon=True)  # type: ignore[attr-defined]
+        self._process.start()
+        theirs.close()
+
+    def begin(self, config: TrialConfig, facts: dict[str, Any]) -> None:
+        """Say which trial it is. `facts` is the sweep's `Preparation` as a plain dict."""
+        self._log = self._folder.trial_log(config["number"])
+        with suppress(OSError):  # `advance` will say that nobody is there
+            self._pipe.send((config, facts))
+
+    def advance(self, until_tokens: int) -> Report | Ending:
+        """The report at a milestone; or, when the trial cannot get there, how it ended."""
+        while True:
+            try:
+                self._pipe.send(until_tokens)
+                came_to: Report | Ending = self._pipe.recv()
+            except (EOFError, OSError):
+                self._process.join()
+                reason = f"the trial's process ended with exit code {self._process.exitcode}"
+                return Ending("FAILED", "worker-lost", reason, tail(self._log))
+            if isinstance(came_to, Ending) or came_to.tokens >= until_tokens:
+                return came_to
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+
+def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
+    """The process: `run_trial`, which after each report waits until it is asked for the next."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    from tuner.training.baseline import Preparation
+    from tuner.training.trial import run_trial
+
+    torch.set_num_threads(threads)
+    asked = SweepSpec.model_validate(spec)
+    folder = Root(Path(asked.storage.root)).sweep(asked.name)
+    config, facts = pipe.recv()
+    log = folder.trial_log(config["number"])
+    log_process_to(log)
+
+    def emit(report: Report, save: Callable[[Path], None]) -> None:
+        path = folder.adapter(config["number"], report.tokens)
+        save(path)
+        pipe.send(replace(report, adapter_path=str(path)))
+        pipe.recv()
+
+    try:
+        pipe.recv()
+        with tempfile.TemporaryDirectory() as output_dir:
+            run_trial(asked, config, Preparation(**facts), Path(output_dir), emit)
+    except Exception as error:
+        traceback.print_exc()  # into the trial's log, whose tail goes into the record
+        pipe.send(replace(explain_failure(error), log_tail=tail(log)))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def start_workers(spec: SweepSpec, placement: Placement) -> Iterator[list[Any]]:
+    """An actor for each trial that may run at once, with the resources of its one worker."""
+    actor: Any = ray.remote(_Worker).options(
+        num_cpus=placement.resources["CPU"], num_gpus=placement.resources.get("GPU", 0), max_restarts=-1
+    )
+    workers = [actor.remote(spec.model_dump(mode="json"), placement.threads) for _ in range(placement.concurrent)]
+    try:
+        yield workers[:]
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+class _Worker:
+    """Runs one trial after the other, each in a process of its own, so that none inherits what another left."""
+
+    def __init__(self, spec: dict[str, Any], threads: int):
+        self._spec = SweepSpec.model_validate(spec)
+        self._threads = threads
+        self._next = TrialAlone(self._spec, threads)
+        self._trial: TrialAlone | None = None
+
+    def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> Report | Ending:
+        """As of an engine: the trial's report at a milestone, or how it ended; the first call begins it."""
+        if self._trial is None:
+            self._trial, self._next = self._next, TrialAlone(self._spec, self._threads)
+            self._trial.begin(config, facts)
+        return self._trial.advance(until_tokens)
+
+    def detach(self, number: int) -> None:
+        """End the trial."""
+        if self._trial is not None:
+            self._trial.close()
+            self._trial = None
