@@ -87,3 +87,17 @@ class PromotionRefused(TunerError):
 
     def __str__(self) -> str:
         return "not promoted: " + "; ".join(self.reasons)
+
+
+_NO_MEMORY = (
+    "out of memory",  # CUDA, and torch.OutOfMemoryError
+    "not enough memory",  # torch's allocator on a CPU
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "running low on memory",  # Ray has killed the worker before the kernel does
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is any library's way of saying so."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,20 @@ def drive_attached(engine: Engine, number: int) -> None:
         engine.advance(number, milestone)
 
 
-def ends_infeasible(engine: Engine, number: int) -> None:
-    with pytest.raises(InfeasibleError):
-        engine.advance(number, milestones(TOKENS, EVALS)[0])
-
-
 def together(engine: Engine, configs: list[TrialConfig]) -> dict[int, list[Report]]:
     reports: dict[int, list[Report]] = {}
-    threads = [threading.Thread(target=drive, args=(engine, config, reports)) for config in configs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=240)
-        assert not thread.is_alive()
-    return reports
+    with beside([lambda config=config: drive(engine, config, reports) for config in configs]):
+        return reports
+
+
+@contextmanager
+def beside(calls: list[Callable[[], None]]) -> Iterator[None]:
+    """Calls run in threads of their own during this block; at its end they are waited for, and may fail it."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        yield
+        for future in futures:
+            future.result(timeout=240)
 
 
 def differences(some: list[Report], others: list[Report]) -> dict[str, float]:
@@ -165,11 +166,9 @@ def test_slots_that_differ_in_everything_train_as_they_would_alone(sweep, engine
 def test_slots_that_come_and_go_do_not_change_a_slot(sweep, engine):
     configs = configs_for(sweep.spec)
     steady: dict[int, list[Report]] = {}
-    thread = threading.Thread(target=drive, args=(engine, configs[0], steady))
-    thread.start()
-    for number, evals in [(1, 2), (2, 1), (3, 3), (1, 1)]:  # attach, train a little, detach in the middle
-        drive(engine, configs[number], {}, evals)
-    thread.join(timeout=240)
+    with beside([lambda: drive(engine, configs[0], steady)]):
+        for number, evals in [(1, 2), (2, 1), (3, 3), (1, 1)]:  # attach, train a little, detach in the middle
+            drive(engine, configs[number], {}, evals)
     assert max(differences(sweep.alone(configs[0]), steady[0]).values()) < 1e-4
 
 
@@ -186,14 +185,12 @@ def test_a_slot_that_diverges_or_fails_ends_alone(sweep, engine):
     configs[1]["train"]["learning_rate"] = 1e30
     configs[2]["train"]["optim"] = "lomo"  # needs a package that is not installed
     good: dict[int, list[Report]] = {}
-    thread = threading.Thread(target=drive, args=(engine, configs[0], good))
-    thread.start()
-    for number, error in [(1, InfeasibleError), (2, ImportError)]:
-        engine.attach(configs[number])
-        with pytest.raises(error):
-            drive_attached(engine, number)
-        engine.detach(number)
-    thread.join(timeout=240)
+    with beside([lambda: drive(engine, configs[0], good)]):
+        for number, error in [(1, InfeasibleError), (2, ImportError)]:
+            engine.attach(configs[number])
+            with pytest.raises(error):
+                drive_attached(engine, number)
+            engine.detach(number)
     assert max(differences(sweep.alone(configs[0]), good[0]).values()) < 1e-4
 
 
@@ -204,29 +201,20 @@ def test_nan_in_the_first_slot_of_a_batch_reaches_no_other(sweep):
     configs[0]["train"]["learning_rate"] = 1e30
     for config in configs:
         engine.attach(config)
-    good: dict[int, list[Report]] = {}
-    threads = [
-        threading.Thread(
-            target=lambda: good.update({1: [engine.advance(1, m) for m in milestones(TOKENS, EVALS)[:4]]})
-        ),
-        threading.Thread(target=lambda: ends_infeasible(engine, 0)),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
+    good: list[Report] = []
+    steady = beside([lambda: good.extend(engine.advance(1, m) for m in milestones(TOKENS, EVALS)[:4])])
+    with steady, pytest.raises(InfeasibleError):
+        drive_attached(engine, 0)
     engine.close()
-    assert max(differences(sweep.alone(configs[1])[:4], good[1]).values()) < 1e-4
+    assert max(differences(sweep.alone(configs[1])[:4], good).values()) < 1e-4
 
 
 def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
     config = configs_for(sweep.spec)[0]
-    before = threading.active_count()
     engine.attach(config)
     engine.advance(0, milestones(TOKENS, EVALS)[0])
     engine.detach(0)
-    assert threading.active_count() == before
-    assert not any(linear.adapters for linear in engine.joint._linears.values())
+    assert not any(rows for stack in engine.joint._stacks.values() for rows in stack.adapted.values())
     engine.detach(0)  # twice is as good as once
 
 

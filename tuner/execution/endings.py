@@ -7,18 +7,10 @@ from pathlib import Path
 
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
-from tuner.errors import DataError, InfeasibleError, TunerError
+from tuner.errors import DataError, InfeasibleError, TunerError, is_out_of_memory
 from tuner.spec.trial import Ending
 
 LOG_TAIL_LINES = 200
-
-_NO_MEMORY = (
-    "out of memory",  # CUDA, and torch.OutOfMemoryError
-    "not enough memory",  # torch's allocator on a CPU
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "running low on memory",  # Ray has killed the worker before the kernel does
-)
 
 
 def explain(error: TrainingFailedError, log: Path) -> Ending:
@@ -43,7 +35,7 @@ def explain_failure(failure: Exception) -> Ending:
     reason = _one_line(failure)
     if isinstance(failure, InfeasibleError):
         return Ending("INFEASIBLE", failure.cause, reason)
-    if isinstance(failure, MemoryError) or any(words in str(failure) for words in _NO_MEMORY):
+    if is_out_of_memory(failure):
         return Ending("INFEASIBLE", "oom", reason)
     if isinstance(failure, DataError):
         return Ending("FAILED", "data", reason)

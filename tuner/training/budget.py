@@ -61,13 +61,13 @@ def _tokens_of_steps(trainer: SFTTrainer) -> Iterator[int]:
         loader = trainer.get_train_dataloader()
     epoch = 0
     while True:
-        batches = [sum(lengths[index] for index in batch) for batch in _batches_of_epoch(loader, epoch)]
+        batches = [sum(lengths[index] for index in batch) for batch in batches_of_epoch(loader, epoch)]
         steps = [sum(batches[start : start + accumulation]) for start in range(0, len(batches), accumulation)]
         yield from _summed_over_ranks(steps, trainer.args.device)
         epoch += 1
 
 
-def _batches_of_epoch(loader: Any, epoch: int) -> Iterator[list[int]]:
+def batches_of_epoch(loader: Any, epoch: int) -> Iterator[list[int]]:
     """Row numbers of this rank's batches, in the order `Trainer._run_epoch` will draw them from accelerate's loader."""
     loader.set_epoch(epoch)
     return iter(loader.batch_sampler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from tuner.errors import DataError, InfeasibleError, TunerError
+from tuner.errors import InfeasibleError, TunerError
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
-from tuner.training.baseline import Preparation, prepare_rows
+from tuner.training.baseline import Preparation, prepare_rows, refuse_changed_data
 from tuner.training.budget import StepPlan, plan_steps
 from tuner.training.dataset import DEFAULT_SEED
 from tuner.training.evaluation import Score, score
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 Emit = Callable[[Report, Callable[[Path], None]], None]
 """Takes a report and a function that saves the adapter it scores into a folder; called on every rank."""
-
-ScoreFunction = Callable[[Any, Dataset, int], Score]
-"""Scores a model on rows with a batch size, as `evaluation.score` does."""
 
 # What `tuner.training.dataset` has already applied to the rows; SFTTrainer would look for it in raw ones.
 _PREPARED_FIELDS = frozenset(
@@ -54,34 +52,35 @@ def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_d
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(config["model"], Root(Path(spec.storage.root)).cache, device)
-    trainer = planned_trainer(spec, config, sweep, model, output_dir, emit)
-    ranks, asked = trainer.args.world_size, spec.resources.workers_per_trial
+    planned = plan_trial(spec, config, sweep, model, output_dir)
+    ranks, asked = planned.trainer.args.world_size, spec.resources.workers_per_trial
     if ranks != asked:
         raise TunerError(f"resources.workers_per_trial asks for {asked} workers, the trainer found {ranks}")
-    trainer.train()
+    planned.trainer.add_callback(ReportAtMilestones(planned, emit))
+    planned.trainer.train()
 
 
-def planned_trainer(
-    spec: SweepSpec,
-    config: TrialConfig,
-    sweep: Preparation,
-    model: PreTrainedModel,
-    output_dir: Path,
-    emit: Emit,
-    trainer_class: type[SFTTrainer] = SFTTrainer,
-    score: ScoreFunction = score,
-) -> SFTTrainer:
-    """The trainer of one trial, ready for `train()`: data prepared, steps planned, reports at the milestones."""
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trainer that is ready to train, and what its trial is to report."""
+
+    trainer: SFTTrainer
+    plan: StepPlan
+    eval_rows: Dataset
+
+
+def plan_trial(
+    spec: SweepSpec, config: TrialConfig, sweep: Preparation, model: PreTrainedModel, output_dir: Path
+) -> PlannedTrial:
+    """Build the trainer of one trial over prepared data, and find the steps that its budget is."""
     cache = Root(Path(spec.storage.root)).cache
     prepared = prepare_rows(spec, config["train"])
-    if prepared.summary["fingerprints"] != sweep.data["fingerprints"]:
-        raise DataError(f"{spec.data.path} has changed since the sweep began: its trials could not be compared")
+    refuse_changed_data(spec, prepared, sweep)
     rows = load_from_disk(str(prepared.train))
-    trainer = build_trainer(config, model, tokenizer_for(config, cache), rows, output_dir, trainer_class)
+    trainer = build_trainer(config, model, tokenizer_for(config, cache), rows, output_dir)
     plan = plan_steps(trainer, milestones(sweep.tokens_per_trial, spec.budget.evals_per_trial))
     trainer.args.max_steps = plan.max_steps
-    trainer.add_callback(ReportAtMilestones(plan, load_from_disk(str(prepared.eval)), emit, score))
-    return trainer
+    return PlannedTrial(trainer, plan, load_from_disk(str(prepared.eval)))
 
 
 def tokenizer_for(config: TrialConfig, cache: Path) -> PreTrainedTokenizerBase:
@@ -97,10 +96,9 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     output_dir: Path,
-    trainer_class: type[SFTTrainer] = SFTTrainer,
 ) -> SFTTrainer:
     """The trainer of one trial, over rows that are already tokenised and packed."""
-    return trainer_class(
+    return SFTTrainer(
         model=model,
         args=sft_config(config, output_dir),
         train_dataset=train_rows,
@@ -143,49 +141,77 @@ def lora_config(config: TrialConfig) -> LoraConfig | None:
     return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **config["lora"]})
 
 
+class Reporter:
+    """Makes the Reports of one trial: what its trainer logs at a milestone, its score, and the time it took."""
+
+    def __init__(self, plan: StepPlan, last: Report | None = None):
+        """`last` is the newest report of a trial that goes on from there."""
+        self._plan = plan
+        self._resumed = time.monotonic()
+        self._started = self._resumed - (last.duration_s if last else 0)
+        self._tokens_then = last.trained_tokens if last else 0
+
+    def training_resumes(self) -> None:
+        """From here on, time is training time."""
+        self._resumed = time.monotonic()
+
+    def training_paused(self) -> None:
+        """Until `training_resumes`, time is not training time."""
+        self._trained_s = time.monotonic() - self._resumed
+
+    def report(
+        self, step: int, epoch: float, train_loss: float, learning_rate: float, grad_norm: float, score: Score
+    ) -> Report:
+        milestone, trained_tokens = self._plan.evaluations[step]
+        new_tokens, self._tokens_then = trained_tokens - self._tokens_then, trained_tokens
+        return Report(
+            tokens=milestone,
+            trained_tokens=trained_tokens,
+            step=step,
+            epoch=epoch,
+            train_loss=train_loss,
+            eval_loss=score.eval_loss,
+            mean_token_accuracy=score.mean_token_accuracy,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_s=new_tokens / self._trained_s,
+            peak_memory_bytes=peak_memory_bytes(),
+            duration_s=time.monotonic() - self._started,
+        )
+
+
+def refuse_divergence(report: Report) -> None:
+    """Raise InfeasibleError for a score that is no number: such a trial learns nothing any more."""
+    if not report.is_finite():
+        raise InfeasibleError("diverged", f"eval_loss is {report.eval_loss} after {report.trained_tokens} tokens")
+
+
 class ReportAtMilestones(TrainerCallback):
     """Has the trainer log at every milestone, scores the model there, and emits one Report."""
 
-    def __init__(self, plan: StepPlan, eval_rows: Dataset, emit: Emit, score: ScoreFunction):
-        self._plan = plan
-        self._eval_rows = eval_rows
+    def __init__(self, trial: PlannedTrial, emit: Emit):
+        self._trial = trial
+        self._reporter = Reporter(trial.plan)
         self._emit = emit
-        self._score = score
-        self._started = self._resumed = time.monotonic()
-        self._tokens_then = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._resumed = time.monotonic()
+        self._reporter.training_resumes()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log = state.global_step in self._plan.evaluations
+        control.should_log = state.global_step in self._trial.plan.evaluations
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs, model = kwargs["logs"], kwargs["model"]
         if "loss" not in logs:  # the summary at the end of training
             return
-        milestone, trained_tokens = self._plan.evaluations[state.global_step]
-        seconds = time.monotonic() - self._resumed
-        result = self._score(model, self._eval_rows, args.per_device_eval_batch_size)
-        report = Report(
-            tokens=milestone,
-            trained_tokens=trained_tokens,
-            step=state.global_step,
-            epoch=state.epoch,
-            train_loss=logs["loss"],
-            eval_loss=result.eval_loss,
-            mean_token_accuracy=result.mean_token_accuracy,
-            learning_rate=logs["learning_rate"],
-            grad_norm=logs.get("grad_norm", 0.0),
-            tokens_per_s=(trained_tokens - self._tokens_then) / seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-            duration_s=time.monotonic() - self._started,
+        self._reporter.training_paused()
+        result = score(model, self._trial.eval_rows, args.per_device_eval_batch_size)
+        report = self._reporter.report(
+            state.global_step, state.epoch, logs["loss"], logs["learning_rate"], logs.get("grad_norm", 0.0), result
         )
         self._emit(report, model.save_pretrained)
-        if not report.is_finite():
-            raise InfeasibleError("diverged", f"eval_loss is {report.eval_loss} after {trained_tokens} tokens")
-        self._resumed = time.monotonic()
-        self._tokens_then = trained_tokens
+        refuse_divergence(report)
+        self._reporter.training_resumes()
 
 
 def peak_memory_bytes() -> int:

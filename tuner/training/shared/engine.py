@@ -1,73 +1,85 @@
-"""The engine: holds the base once, and steps together every slot that has something to compute.
+"""The engine: holds the base once, and trains every slot that has been asked to advance, all of them in one batch.
 
-Continuous batching, for training. Each slot's trainer runs in its own thread until it needs the base; the engine's
-thread waits until every slot that is on its way has asked, and answers all of them with one joint forward and backward.
-A slot that is being built, waits for a decision or is over is not waited for.
+Continuous batching, for training. One turn of the engine's loop is the whole story: a micro-batch of every slot goes
+through the base together; each slot takes its optimizer step when its last micro-batch is done; slots that have come to
+a milestone are scored together. Slots that are being built or wait for a decision are not in the turn, and nobody waits
+for an adapter to be written.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import load_from_disk
 
-from tuner.errors import InfeasibleError
+from tuner.errors import is_out_of_memory
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig
 from tuner.training.baseline import Preparation
 from tuner.training.evaluation import Score
 from tuner.training.shared.joint import Document, JointModel, MicroBatch, share_weights
-from tuner.training.shared.slot import SlotTrainer
-from tuner.training.trial import planned_trainer
+from tuner.training.shared.slot import Slot
+from tuner.training.trial import plan_trial, refuse_divergence
+
+T = TypeVar("T")
 
 EVAL_TOKENS = 2048
 """Most tokens of a joint evaluation batch, over all slots that are scored together."""
 
 
-class Detached(BaseException):
-    """Raised in a slot's thread to unwind its trainer: the trial is not wanted any more."""
+class Tenancy:
+    """A trial's stay on the engine: what it has been asked for, and what has come of it."""
 
-
-class Slot:
-    """One trial on the engine: its thread, and what passes between that thread and the others."""
-
-    def __init__(self, engine: Engine, config: TrialConfig):
+    def __init__(self, config: TrialConfig):
         self.number = config["number"]
-        self.config = config
+        self.slot: Slot | None = None
+        """None until it is built."""
         self.until = 0
-        """Token count that the trial may train up to; reports beyond it wait."""
+        """Token count that the trial may train up to."""
         self.reports: list[Report] = []
         self.error: Exception | None = None
-        self.over = False
-        self.detached = False
-        self.asked: MicroBatch | None = None
-        """What the slot waits for: a step of this batch, or, when `scoring`, its score."""
-        self.scoring = False
-        self.answer: Any = None
-        self.thread = threading.Thread(target=engine.run_slot, args=(self,), name=f"slot-{self.number}", daemon=True)
+        self.wanted = True
+        self.work: list[Future[None]] = []
+        """Its building and savings, in threads of their own."""
+
+    def report_at(self, milestone: int) -> Report | None:
+        return next((report for report in self.reports if report.tokens >= milestone), None)
+
+    @property
+    def may_train(self) -> bool:
+        if self.slot is None or self.error is not None:
+            return False
+        return self.slot.report is None or self.slot.report.tokens < self.until
 
 
 class Engine:
-    """One base on one device. Every public method may be called from any thread; `advance` and `attach` wait."""
+    """One base on one device. Every public method may be called from any thread; `advance` and `detach` wait."""
 
     def __init__(self, spec: SweepSpec, base: Any, sweep: Preparation, eval_rows: Path):
         self._spec = spec
-        self.base = base
         self._sweep = sweep
+        self._folder = Root(Path(spec.storage.root)).sweep(spec.name)
+        self.base = base
         self.joint = JointModel(base, activation_checkpointing=spec.train.get("gradient_checkpointing", True))
         self._eval_documents = _documents(eval_rows)
-        self._slots: dict[int, Slot] = {}
-        self._on_the_way: set[int] = set()
-        """Slots that will ask for something without anybody's doing: training, between two steps."""
+        self._tenancies: dict[int, Tenancy] = {}
+        self._most_together = 2**31
+        """Slots that one joint step has memory for, as far as is known."""
         self._changed = threading.Condition()
-        self._building = threading.Lock()
+        """Guards the tenancies; notified when one of them may have something to do or to say."""
+        self._errands: list[tuple[Future[Any], Callable[[], Any]]] = []
+        """What is to be done between two turns."""
+        self._builder = ThreadPoolExecutor(1, "builder")  # one: a trainer seeds the process, then draws its adapter
+        self._writer = ThreadPoolExecutor(1, "writer")
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -75,162 +87,164 @@ class Engine:
     # What a trial's coordinator calls
 
     def attach(self, config: TrialConfig) -> None:
-        """Give a trial a slot. Its trainer is built in the background."""
-        slot = Slot(self, config)
+        """Give a trial a slot, which is built in the background. A trial that left a state goes on from there."""
+        tenancy = Tenancy(config)
         with self._changed:
-            self._slots[slot.number] = slot
-        slot.thread.start()
+            self._tenancies[tenancy.number] = tenancy
+        tenancy.work.append(self._builder.submit(self._build, tenancy, config))
 
-    def advance(self, number: int, until_tokens: int) -> Report:
+    def advance(self, number: int, milestone: int) -> Report:
         """Let a trial train up to a milestone; returns its report there. Raises what ended the trial before."""
-        slot = self._slots[number]
+        tenancy = self._tenancies[number]
         with self._changed:
-            slot.until = until_tokens
+            tenancy.until = max(tenancy.until, milestone)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: slot.over or (slot.reports and slot.reports[-1].tokens >= until_tokens))
-            if slot.error is not None:
-                raise slot.error
-            return slot.reports[-1]
+            self._changed.wait_for(lambda: tenancy.report_at(milestone) or tenancy.error)
+            report = tenancy.report_at(milestone)
+        if report is None:
+            assert tenancy.error is not None
+            raise tenancy.error
+        return report
 
     def detach(self, number: int) -> None:
-        """End a trial, whatever it is doing, and free its slot."""
-        slot = self._slots.get(number)
-        if slot is None:
+        """End a trial, whatever it is doing, and free its slot; afterwards nothing of it is written any more."""
+        with self._changed:
+            tenancy = self._tenancies.pop(number, None)
+        if tenancy is None:
             return
+        tenancy.wanted = False
+        for work in tenancy.work:
+            work.result()
+        if tenancy.slot is not None:
+            self.between_turns(tenancy.slot.leave)
+        self._folder.trial_state(number).unlink(missing_ok=True)
+
+    def score_base(self) -> Score:
+        """The base without any adapter, on the sweep's evaluation set."""
+        return self.between_turns(lambda: self._score([lambda documents: MicroBatch(None, documents)])[0])
+
+    def between_turns(self, call: Callable[[], T]) -> T:
+        """Run something in the engine's thread, when nothing else uses the joint model, and return its result."""
+        errand: Future[T] = Future()
         with self._changed:
-            slot.detached = True
+            self._errands.append((errand, call))
             self._changed.notify_all()
-        slot.thread.join()
-        with self._changed:
-            del self._slots[number]
+        return errand.result()
 
     def close(self) -> None:
-        """Detach every slot and end the engine's thread."""
-        for number in list(self._slots):
+        """Detach every slot and end the engine's threads."""
+        for number in list(self._tenancies):
             self.detach(number)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-
-    # In a slot's thread
-
-    def run_slot(self, slot: Slot) -> None:
-        """The life of a slot: build the trainer, wait to be advanced, train."""
-        generator = torch.Generator().manual_seed(slot.config["train"].get("seed", 42))
-        output_dir = tempfile.mkdtemp()
-        try:
-            with self._building:  # a trainer seeds the whole process before it draws its adapter
-                trainer = self._build(slot, Path(output_dir))
-            tree: Any = trainer.model
-            self.joint.attach(slot.number, tree.get_base_model(), generator)
-            self._wait_for_permission(slot, 0)
-            trainer.train()
-        except Detached:
-            pass
-        except Exception as error:
-            slot.error = error
-        finally:
-            self.joint.detach(slot.number)
-            shutil.rmtree(output_dir, ignore_errors=True)
-            with self._changed:
-                slot.over = True
-                self._on_the_way.discard(slot.number)
-                self._changed.notify_all()
-
-    def _build(self, slot: Slot, output_dir: Path) -> SlotTrainer:
-        folder = Root(Path(self._spec.storage.root)).sweep(self._spec.name)
-
-        def emit(report: Report, save: Callable[[Path], None]) -> None:
-            path = folder.adapter(slot.number, report.tokens)
-            save(path)
-            with self._changed:
-                slot.reports.append(Report(**{**report.as_dict(), "adapter_path": str(path)}))
-                self._on_the_way.discard(slot.number)
-                self._changed.notify_all()
-            if report.tokens < self._sweep.tokens_per_trial:
-                self._wait_for_permission(slot, report.tokens)
-
-        trainer = planned_trainer(
-            self._spec,
-            slot.config,
-            self._sweep,
-            share_weights(self.base),
-            output_dir,
-            emit,
-            trainer_class=SlotTrainer,
-            score=lambda model, rows, batch_size: self._ask(slot, MicroBatch(slot.number, (), 1.0), scoring=True),
-        )
-        assert isinstance(trainer, SlotTrainer)
-        trainer.slot = slot.number
-        trainer.step_jointly = lambda batch: self._ask(slot, batch)
-        return trainer
-
-    def _wait_for_permission(self, slot: Slot, reached: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: slot.detached or slot.until > reached)
-            if slot.detached:
-                raise Detached
-            self._on_the_way.add(slot.number)
-
-    def _ask(self, slot: Slot, batch: MicroBatch, scoring: bool = False) -> Any:
-        """Hand something to the engine and wait for the answer."""
-        with self._changed:
-            slot.asked, slot.scoring, slot.answer = batch, scoring, None
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: slot.answer is not None or slot.detached)
-            if slot.detached:
-                slot.asked = None
-                raise Detached
-            if isinstance(slot.answer, Exception):
-                raise slot.answer
-            return slot.answer
+        self._builder.shutdown()
+        self._writer.shutdown()
 
     # In the engine's thread
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._ready())
+                self._changed.wait_for(lambda: self._closed or self._errands or self._training())
                 if self._closed:
                     return
-                asking = [slot for slot in self._slots.values() if slot.asked is not None]
-                # Scores first: a slot that waits for its score waits for a decision after it.
-                scoring = [slot for slot in asking if slot.scoring]
-                served = scoring or asking
-                batches = [slot.asked for slot in served if slot.asked is not None]
-            answers = self._score(batches) if scoring else self._step(batches)
+                errands, self._errands = self._errands, []
+            for errand, call in errands:
+                try:
+                    errand.set_result(call())
+                except Exception as error:
+                    errand.set_exception(error)
+            self._turn(self._training())
+
+    def _training(self) -> list[Tenancy]:
+        return [tenancy for tenancy in list(self._tenancies.values()) if tenancy.may_train]
+
+    def _turn(self, tenancies: list[Tenancy]) -> None:
+        """One micro-batch of every slot, then the scores of those that have come to a milestone."""
+        for start in range(0, len(tenancies), self._most_together):
+            self._learn(tenancies[start : start + self._most_together])
+        due = [tenancy for tenancy in tenancies if tenancy.may_train and _slot(tenancy).at_milestone]
+        if due:
+            scores = self._score([_slot(tenancy).to_score for tenancy in due])
+            for tenancy, score in zip(due, scores, strict=True):
+                with self._alone(tenancy):
+                    self._report(tenancy, score)
+
+    def _learn(self, tenancies: list[Tenancy]) -> None:
+        """One joint step. What fails together is tried apart, from the beginning of each slot's optimizer step."""
+        try:
+            losses = self.joint.step([_slot(tenancy).next_batch() for tenancy in tenancies])
+        except Exception as error:
+            if len(tenancies) == 1:
+                self._end(tenancies[0], error)
+                return
+            half = len(tenancies) // 2
+            if is_out_of_memory(error):
+                self._most_together = half
+            for tenancy in tenancies:
+                _slot(tenancy).restart_step()
+            self._learn(tenancies[:half])
+            self._learn(tenancies[half:])
+            return
+        for tenancy, loss in zip(tenancies, losses, strict=True):
+            with self._alone(tenancy):
+                _slot(tenancy).learn(loss)
+
+    def _score(self, to_score: list[Callable[[list[Document]], MicroBatch]]) -> list[Score]:
+        """The scores of several slots on the sweep's evaluation set, a few documents of each at a time."""
+        sums: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(to_score)
+        for documents in _joint_batches(self._eval_documents, EVAL_TOKENS // len(to_score)):
+            parts = self.joint.score([micro_batch(documents) for micro_batch in to_score])
+            sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(sums, parts, strict=True)]
+        return [Score(*parts) for parts in sums]
+
+    def _report(self, tenancy: Tenancy, score: Score) -> None:
+        slot = _slot(tenancy)
+        report = slot.scored(score)
+        refuse_divergence(report)
+        report = replace(report, adapter_path=str(self._folder.adapter(tenancy.number, report.tokens)))
+        tenancy.work.append(self._writer.submit(self._save, tenancy, report, slot.snapshot(report)))
+
+    # In threads of their own
+
+    def _build(self, tenancy: Tenancy, config: TrialConfig) -> None:
+        if not tenancy.wanted:
+            return
+        with self._alone(tenancy), tempfile.TemporaryDirectory() as output_dir:
+            trial = plan_trial(self._spec, config, self._sweep, share_weights(self.base), Path(output_dir))
+            slot = self.between_turns(lambda: Slot(trial, self.joint, self._folder.trial_state(tenancy.number)))
             with self._changed:
-                for slot, answer in zip(served, answers, strict=True):
-                    slot.asked, slot.answer = None, answer
+                tenancy.reports = [slot.report] if slot.report else []
+                tenancy.slot = slot
                 self._changed.notify_all()
 
-    def _ready(self) -> bool:
-        """Whether somebody asks, and nobody else is about to."""
-        asking = {slot.number for slot in self._slots.values() if slot.asked is not None and not slot.detached}
-        return bool(asking) and self._on_the_way <= asking
+    def _save(self, tenancy: Tenancy, report: Report, write: Callable[[Path, Path], None]) -> None:
+        """Write what was scored. Only then is it reported: whoever hears of an adapter finds it."""
+        with self._alone(tenancy):
+            write(self._folder.adapter(tenancy.number, report.tokens), self._folder.trial_state(tenancy.number))
+            with self._changed:
+                tenancy.reports.append(report)
+                self._changed.notify_all()
 
-    def _step(self, batches: list[MicroBatch]) -> list[float | Exception]:
-        """Losses, or for a slot that cannot be computed, the reason; what fails together is tried apart."""
+    @contextmanager
+    def _alone(self, tenancy: Tenancy) -> Iterator[None]:
+        """Whatever fails in this block ends this tenancy, and no other."""
         try:
-            return list(self.joint.step(batches))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if len(batches) == 1:
-                return [InfeasibleError("oom", f"one micro-batch does not fit beside the base: {error}")]
+            yield
         except Exception as error:
-            if len(batches) == 1:
-                return [error]
-        half = len(batches) // 2
-        return self._step(batches[:half]) + self._step(batches[half:])
+            self._end(tenancy, error)
 
-    def _score(self, asked: list[MicroBatch]) -> list[Score]:
-        """The scores of several slots on the sweep's evaluation set, a few documents of each at a time."""
-        sums = {batch.slot: [0.0, 0, 0] for batch in asked}
-        for documents in _joint_batches(self._eval_documents, EVAL_TOKENS // len(asked)):
-            parts = self.joint.score([MicroBatch(batch.slot, documents, 1.0) for batch in asked])
-            for batch, part in zip(asked, parts, strict=True):
-                sums[batch.slot] = [total + value for total, value in zip(sums[batch.slot], part, strict=True)]
-        return [Score(nll, int(correct), int(tokens)) for nll, correct, tokens in sums.values()]
+    def _end(self, tenancy: Tenancy, error: Exception) -> None:
+        with self._changed:
+            tenancy.error = error
+            self._changed.notify_all()
+
+
+def _slot(tenancy: Tenancy) -> Slot:
+    assert tenancy.slot is not None
+    return tenancy.slot
 
 
 def _documents(eval_rows: Path) -> list[Document]:

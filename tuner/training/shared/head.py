@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """Logits (float32) made at a time."""
 
 
@@ -28,13 +28,11 @@ class WeightedNLL(torch.autograd.Function):
     ) -> torch.Tensor:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
-        for rows in chunks(len(targets), len(weight)):
-            logits = hidden[rows] @ weight.t()
-            log_probs = F.log_softmax(logits.float(), dim=-1)
-            nll[rows] = -log_probs.gather(1, targets[rows, None])[:, 0]
-            slope = log_probs.exp_()
-            slope.scatter_add_(1, targets[rows, None], torch.full_like(targets[rows, None], -1, dtype=slope.dtype))
-            grad[rows] = slope.mul_(weights[rows, None]).to(weight.dtype) @ weight
+        for rows in _chunks(len(targets), len(weight)):
+            exponentials, total, log_probs = _exponentials(hidden[rows], weight, targets[rows])
+            nll[rows] = -log_probs
+            mean = exponentials.to(weight.dtype) @ weight
+            grad[rows] = (mean / total - weight[targets[rows]]) * weights[rows, None]
         ctx.save_for_backward(grad)
         return nll
 
@@ -52,13 +50,25 @@ def nll_and_correct(
     """Negative log-likelihood (float32) of each target, and whether it was the most likely token."""
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    for rows in chunks(len(targets), len(weight)):
+    for rows in _chunks(len(targets), len(weight)):
         logits = (hidden[rows] @ weight.t()).float()
         nll[rows] = logits.logsumexp(-1) - logits.gather(1, targets[rows, None])[:, 0]
         correct[rows] = logits.argmax(-1) == targets[rows]
     return nll, correct
 
 
-def chunks(tokens: int, vocabulary: int) -> list[slice]:
+def _exponentials(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(logit - largest) (tokens, vocabulary), its sum (tokens, 1), the targets' log-probabilities (tokens,)."""
+    logits = (hidden @ weight.t()).float()
+    logits -= logits.amax(-1, keepdim=True)
+    of_targets = logits.gather(1, targets[:, None])[:, 0]
+    exponentials = logits.exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials, total, of_targets - total[:, 0].log()
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     size = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+    return (slice(start, start + size) for start in range(0, tokens, size))

@@ -2,7 +2,7 @@
 
 A joint batch is flat. Every micro-batch is taken apart into its documents, and all documents of all slots are laid end
 to end in one row, each slot's together. Linear layers then see exactly the tokens there are, with no padding; attention
-alone looks at documents, which it pads to the longest of their kind.
+alone looks at documents, and pads them to the longest of similar length.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tuner.training.evaluation import IGNORED, eval_mode
 from tuner.training.shared.head import WeightedNLL, nll_and_correct
-from tuner.training.shared.lora import Adapter, JointLinear, Segment
+from tuner.training.shared.lora import Adapter, JointLinear, Run, Stack, bucket, lora_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "tuner_documents"
+
+SHORT = {torch.bfloat16: 1024, torch.float32: 256}
+"""Lengths up to which plain products are faster on a CPU than the fused kernel: up to six times, backward included."""
 
 
 @dataclass(frozen=True)
@@ -40,124 +43,113 @@ class Document:
 class MicroBatch:
     """What one slot wants computed."""
 
-    slot: int
+    adapter: Adapter | None
+    """None for the base as it is."""
     documents: Sequence[Document]
-    divisor: float
+    divisor: float = 1.0
     """The slot's loss is the sum of its negative log-likelihoods over this (tokens of the whole optimizer step)."""
     noise: float = 0.0
     """NEFTune: embeddings get uniform noise between minus and plus this."""
+    seed: int = 0
+    """Where the random numbers of this micro-batch come from: dropout and noise."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(document.input_ids) for document in self.documents)
 
 
 class JointModel:
     """The base's module tree with every linear layer able to serve all slots. Weights are shared, never copied."""
 
     def __init__(self, base: PreTrainedModel, activation_checkpointing: bool = False):
-        self._base = base
-        self._segments: list[Segment] = []
+        self._device, self._dtype = base.device, base.dtype
+        self._runs: list[Run] = []
+        self._stacks: dict[int, Stack] = {}
         self._model = share_weights(base)
         self._model.requires_grad_(False)
         self._model.config._attn_implementation = ATTENTION
         self._head = self._model.get_output_embeddings()
-        self._linears: dict[str, JointLinear] = {}
-        for name, module in list(self._model.named_modules()):
-            if is_linear(module) and module is not self._head:
-                self._linears[name] = JointLinear(module, self._segments)
-                self._model.set_submodule(name, self._linears[name])
+        self._linears = {
+            name: module
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.Linear) and module is not self._head
+        }
+        for number, (name, module) in enumerate(self._linears.items(), start=1):  # 0 is the noise's
+            self._model.set_submodule(name, JointLinear(module, name, number, self._runs))
         if activation_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._documents = _Documents()
-        self._noise: list[float] = []
-        self._generators: dict[int, torch.Generator] = {}
+        self._batches: list[MicroBatch] = []
+        self._layout = Layout([1], self._device)
         self._model.get_input_embeddings().register_forward_hook(self._add_noise)
         self._model.train()
 
-    def attach(self, slot: int, tree: nn.Module, generator: torch.Generator) -> None:
-        """Let a slot's adapter, the LoRA layers found in its own module tree, act on the slot's tokens.
+    def attach(self, tree: PreTrainedModel) -> Adapter:
+        """A place for the adapter in a slot's own module tree. Raises NotShareable, see `lora_layers`."""
+        layers = lora_layers(tree, list(self._linears))
+        return Adapter(self.stack(max((layer.r["default"] for layer in layers.values()), default=1)), layers)
 
-        `generator` is where the slot's own random numbers (dropout, noise) come from.
-        """
-        self._generators[slot] = generator
-        for name, linear in self._linears.items():
-            layer: Any = tree.get_submodule(name)
-            if isinstance(layer, LoraLayer):
-                dropout = layer.lora_dropout["default"]
-                a: Any = layer.lora_A["default"]
-                b: Any = layer.lora_B["default"]
-                linear.adapters[slot] = Adapter(
-                    a.weight,
-                    b.weight,
-                    layer.scaling["default"],
-                    dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
-                    generator,
-                )
-
-    def detach(self, slot: int) -> None:
-        self._generators.pop(slot, None)
-        for linear in self._linears.values():
-            linear.adapters.pop(slot, None)
+    def stack(self, rank: int) -> Stack:
+        """Where adapters of this rank are kept."""
+        size = bucket(rank)
+        if size not in self._stacks:
+            self._stacks[size] = Stack(self._linears, size, self._dtype, self._device)
+        return self._stacks[size]
 
     def step(self, batches: Sequence[MicroBatch]) -> list[float]:
         """One forward and backward: adds to the gradients of every slot's adapter, returns every slot's loss."""
-        hidden, targets, spans = self._forward(batches)
-        weights = torch.cat(
-            [
-                torch.full((stop - start,), 1 / batch.divisor)
-                for batch, (start, stop) in zip(batches, spans, strict=True)
-            ]
-        ).to(hidden.device)
+        order = _side_by_side(batches)
+        hidden, targets, spans = self._forward([batches[index] for index in order])
+        divisors = torch.tensor([batches[index].divisor for index in order])
+        weights = (1 / divisors).repeat_interleave(torch.tensor(spans)).to(hidden.device)
         nll = WeightedNLL.apply(hidden, self._head_weight(hidden.dtype), targets, weights)
         weighted = nll * weights
         weighted.sum().backward()
-        return [float(part.sum()) for part in weighted.detach().split([stop - start for start, stop in spans])]
+        losses = [float(part.sum()) for part in weighted.detach().split(spans)]
+        return [losses[order.index(index)] for index in range(len(batches))]
 
     @torch.no_grad()
     def score(self, batches: Sequence[MicroBatch]) -> list[tuple[float, int, int]]:
         """For every slot the summed negative log-likelihood (nats), correct tokens and tokens of its documents."""
+        order = _side_by_side(batches)
         with eval_mode(self._model):
-            hidden, targets, spans = self._forward(batches)
+            hidden, targets, spans = self._forward([batches[index] for index in order])
             nll, correct = nll_and_correct(hidden, self._head_weight(hidden.dtype), targets)
-        return [(nll[a:b].double().sum().item(), int(correct[a:b].sum()), b - a) for a, b in spans]
+        parts = zip(nll.split(spans), correct.split(spans), spans, strict=True)
+        sums = [(losses.double().sum().item(), int(hits.sum()), count) for losses, hits, count in parts]
+        return [sums[order.index(index)] for index in range(len(batches))]
 
-    def _forward(self, batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-        """Hidden states of all tokens that have a target, the targets, and each batch's span among them."""
-        device = next(self._base.parameters()).device
+    def _forward(self, batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Hidden states of all tokens that have a target, the targets, and how many of them each batch has."""
         documents = [document for batch in batches for document in batch.documents]
-        lengths = [len(document.input_ids) for document in documents]
-        self._segments[:] = _segments(batches)
-        self._noise = [batch.noise for batch in batches]
-        self._documents.set(lengths, device)
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        self._batches = list(batches)
+        self._runs[:] = _runs(batches)
+        self._layout = Layout([len(document.input_ids) for document in documents], self._device)
         output = self._model.base_model(
-            input_ids=torch.cat([document.input_ids for document in documents])[None].to(device),
-            position_ids=positions[None].to(device),
+            input_ids=torch.cat([document.input_ids for document in documents])[None].to(self._device),
+            position_ids=self._layout.positions[None],
             use_cache=False,
-            documents=self._documents,
+            layout=self._layout,
         )
         targets = torch.cat([_shifted(document.labels) for document in documents])
         counted = targets != IGNORED
-        spans, start = [], 0
-        for part in counted.split([segment.stop - segment.start for segment in self._segments]):
-            spans.append((start, start + int(part.sum())))
-            start = spans[-1][1]
-        return output.last_hidden_state[0][counted.to(device)], targets[counted].to(device), spans
+        spans = [int(part.sum()) for part in counted.split([batch.tokens for batch in batches])]
+        rows = counted.nonzero()[:, 0].to(self._device)
+        return output.last_hidden_state[0].index_select(0, rows), targets[counted].to(self._device), spans
 
     def _head_weight(self, dtype: torch.dtype) -> torch.Tensor:
         return self._head.weight.to(dtype)
 
     def _add_noise(self, module: nn.Module, inputs: Any, embeddings: torch.Tensor) -> torch.Tensor | None:
         """NEFTune, for the slots that ask for it: uniform noise on the embeddings of their tokens."""
-        if not self._model.training or not any(self._noise):
+        if not self._model.training or not any(batch.noise for batch in self._batches):
             return None
-        noisy = embeddings.clone()
-        for segment, size in zip(self._segments, self._noise, strict=True):
-            part = noisy[0, segment.start : segment.stop]
-            part += torch.empty_like(part).uniform_(-size, size, generator=self._generators[segment.slot])
-        return noisy
+        parts = embeddings[0].split([batch.tokens for batch in self._batches])
+        return torch.cat([_with_noise(part, batch) for part, batch in zip(parts, self._batches, strict=True)])[None]
 
     @property
     def padding_waste(self) -> float:
-        """Share of the last batch's attention rows that were padding."""
-        return self._documents.waste
+        """Share of the last batch's attention rows that were padding; nothing else is padded."""
+        return self._layout.waste
 
 
 def why_not_joint(model: PreTrainedModel, longest: int | None) -> str | None:
@@ -189,16 +181,26 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo=shared)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Linear layers as PEFT's all-linear sees them, bitsandbytes' quantised ones included."""
-    return isinstance(module, nn.Linear)
+def _kind(batch: MicroBatch) -> tuple[int, int]:
+    """Micro-batches of a kind can be one run."""
+    return (batch.adapter.stack.rank if batch.adapter else 0, batch.tokens)
 
 
-def _segments(batches: Sequence[MicroBatch]) -> Iterator[Segment]:
+def _side_by_side(batches: Sequence[MicroBatch]) -> list[int]:
+    """An order of the batches in which those of a kind are neighbours, and so are rows of a stack."""
+    return sorted(range(len(batches)), key=lambda i: (*_kind(batches[i]), getattr(batches[i].adapter, "row", 0)))
+
+
+def _runs(batches: Sequence[MicroBatch]) -> Iterator[Run]:
     start = 0
-    for batch in batches:
-        stop = start + sum(len(document.input_ids) for document in batch.documents)
-        yield Segment(batch.slot, start, stop)
+    for (rank, tokens), group in groupby(batches, key=_kind):
+        run = list(group)
+        stop = start + tokens * len(run)
+        if rank:
+            adapters = [batch.adapter for batch in run if batch.adapter]
+            rows = tuple(adapter.row for adapter in adapters)
+            dropouts = tuple(adapter.dropout for adapter in adapters)
+            yield Run(start, stop, adapters[0].stack, rows, dropouts, tuple(batch.seed for batch in run))
         start = stop
 
 
@@ -207,30 +209,64 @@ def _shifted(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[1:], labels.new_full((1,), IGNORED)])
 
 
-class _Documents:
-    """Where the documents of the present batch lie in the flat row; makes them rows of their own for attention."""
+def _with_noise(embeddings: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    if not batch.noise:
+        return embeddings
+    generator = torch.Generator(embeddings.device).manual_seed(batch.seed)
+    return embeddings + torch.empty_like(embeddings).uniform_(-batch.noise, batch.noise, generator=generator)
 
-    def set(self, lengths: list[int], device: torch.device) -> None:
-        self.longest = max(lengths)
-        sizes = torch.tensor(lengths)[:, None]
+
+class Layout:
+    """Where the documents of a joint batch lie in its flat row; makes them rows of their own for attention.
+
+    Documents of about equal length are attended to together, padded to the longest of them.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes
-        columns = torch.arange(self.longest)[None]
-        # Padding repeats a document's own last token. It comes after all others, which causal attention keeps from
-        # weighting it; were it another slot's, that slot's NaN would come through all the same, as zero times NaN.
-        self.gather = (starts + columns.minimum(sizes - 1)).flatten().to(device)
-        self.scatter = (columns < sizes).flatten().nonzero()[:, 0].to(device)
-        self.count = len(lengths)
-        self.waste = 1 - sum(lengths) / (self.longest * self.count)
+        self.positions = (torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)).to(device)
+        self._equal = (len(lengths), lengths[0]) if min(lengths) == max(lengths) else None
+        """Documents and their length, where all are equally long: nothing is moved or padded then."""
+        self._gathers: list[tuple[int, torch.Tensor]] = []
+        padded, scatter = 0, torch.empty(int(sizes.sum()), dtype=torch.long)
+        for group in _of_similar_length(lengths):
+            longest = lengths[group[0]]
+            columns = torch.arange(longest)[None]
+            size, start = sizes[group][:, None], starts[group][:, None]
+            # Padding repeats a document's own last token. It comes after all others, which causal attention keeps from
+            # weighting it; were it another slot's, that slot's NaN would come through all the same, as zero times NaN.
+            gather = start + columns.minimum(size - 1)
+            self._gathers.append((longest, gather.flatten().to(device)))
+            kept = columns < size
+            scatter[gather[kept]] = padded + kept.flatten().nonzero()[:, 0]
+            padded += gather.numel()
+        self._scatter = scatter.to(device)
+        self.waste = 1 - int(sizes.sum()) / padded
 
-    def spread(self, flat: torch.Tensor) -> torch.Tensor:
-        """(1, heads, tokens, dim) to (documents, heads, longest, dim)."""
-        heads, dim = flat.shape[1], flat.shape[3]
-        rows = flat[0].transpose(0, 1).index_select(0, self.gather)
-        return rows.view(self.count, self.longest, heads, dim).transpose(1, 2)
+    def spread(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """(1, heads, tokens, dim) to (documents, heads, longest, dim) for every group."""
+        rows = flat[0].transpose(0, 1)
+        if self._equal:
+            return [rows.unflatten(0, self._equal).transpose(1, 2)]
+        parts = [rows.index_select(0, gather).unflatten(0, (-1, longest)) for longest, gather in self._gathers]
+        return [part.transpose(1, 2) for part in parts]
 
-    def join(self, rows: torch.Tensor) -> torch.Tensor:
-        """(documents, longest, heads, dim) to (1, tokens, heads, dim)."""
-        return rows.reshape(-1, *rows.shape[2:]).index_select(0, self.scatter)[None]
+    def join(self, groups: list[torch.Tensor]) -> torch.Tensor:
+        """(documents, longest, heads, dim) of every group to (1, tokens, heads, dim)."""
+        rows = torch.cat([group.flatten(0, 1) for group in groups])
+        return (rows if self._equal else rows.index_select(0, self._scatter))[None]
+
+
+def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
+    """Numbers of documents, longest first, in groups whose shortest is more than half as long as their longest."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if group and 2 * lengths[number] <= lengths[group[0]]:
+            yield group
+            group = []
+        group.append(number)
+    yield group
 
 
 def _attend(
@@ -239,15 +275,29 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    documents: _Documents,
+    layout: Layout,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document."""
-    query, key, value = (documents.spread(part) for part in (query, key, value))
-    rows, _ = sdpa_attention_forward(module, query, key, value, None, dropout, scaling, is_causal=True)
-    return documents.join(rows), None
+    attended = []
+    for rows in zip(layout.spread(query), layout.spread(key), layout.spread(value), strict=True):
+        if query.device.type == "cpu" and rows[0].shape[2] <= SHORT.get(query.dtype, 0) and not dropout:
+            attended.append(_attend_short(*rows, scaling or query.shape[-1] ** -0.5))
+        else:
+            attended.append(sdpa_attention_forward(module, *rows, None, dropout, scaling, is_causal=True)[0])
+    return layout.join(attended), None
+
+
+def _attend_short(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention as plain products: (documents, heads, length, dim) to (documents, length, heads, dim)."""
+    documents, heads, length, dim = query.shape
+    # Query heads that share a key head are rows of one product.
+    scores = (query * scaling).reshape(documents, key.shape[1], -1, dim) @ key.transpose(-1, -2)
+    future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu_(1)
+    weights = (scores.unflatten(2, (-1, length)) + future).softmax(-1).flatten(2, 3)
+    return (weights @ value).view(documents, heads, length, dim).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, _attend)
