@@ -54,6 +54,14 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PATH": path}
 
 
+def writes(process: psutil.Process, file: Path) -> bool:
+    """Whether the process has this file open."""
+    try:
+        return str(file) in {opened.path for opened in process.open_files()}
+    except psutil.Error:
+        return False
+
+
 class Command:
     """A `tuner` command in a terminal of its own: what it says, what it starts, and what is left of that."""
 
@@ -98,6 +106,13 @@ class Command:
         titles = {process: " ".join(process.cmdline()) for process in living}
         (victim,) = [process for process, title in titles.items() if title.startswith(f"ray::{name}")]
         victim.kill()
+
+    def kill_writer(self, log: Path) -> None:
+        """Kill the process that writes this file, which is the trial's own where it is a trial's log."""
+        victims = {process for process in psutil.process_iter() if writes(process, log)}
+        assert victims, f"nobody writes {log}"
+        for victim in victims:
+            victim.kill()
 
     def ctrl_c(self) -> None:
         """As a terminal sends it: to the command and to all that it has started in its group."""
