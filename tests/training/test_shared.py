@@ -214,7 +214,7 @@ def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
     engine.attach(config)
     engine.advance(0, milestones(TOKENS, EVALS)[0])
     engine.detach(0)
-    assert not any(rows for stack in engine.joint._stacks.values() for rows in stack.adapted.values())
+    assert not any(rows for stack in engine.lanes[0].joint._stacks.values() for rows in stack.adapted.values())
     engine.detach(0)  # twice is as good as once
 
 

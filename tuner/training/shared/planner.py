@@ -1,4 +1,4 @@
-"""How many slots: measured on this machine with this base, because where sharing pays depends on both.
+"""How many slots, and on how many lanes: measured on this machine with this base, because what pays depends on both.
 
 A joint step of n slots takes `fixed + n * each` seconds. The fixed part, reading weights and starting kernels, is what
 sharing saves; slots are added until what is left of it is small beside the rest, or memory ends.
@@ -7,7 +7,8 @@ sharing saves; slots are added until what is left of it is small beside the rest
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -20,13 +21,14 @@ from tuner.training.shared.lora import Adapter
 
 if TYPE_CHECKING:
     from tuner.training.shared.engine import Engine
+    from tuner.training.shared.lane import Lane
 
 WORTH_IT = 0.05
 """Slots are added while the fixed part is more than this share of a step: with fewer, the search decides oftener."""
 MOST_SLOTS = 32
 PROBE_TOKENS = 64
 """Most tokens of a slot when measuring; a step's own cost grows with its tokens, the fixed part does not."""
-PROBE_SLOTS = 4
+PROBE_SLOTS = 3
 REPEATS = 2
 MEMORY_SHARE = 0.8
 """Of the free memory, what slots may take."""
@@ -35,26 +37,37 @@ MEMORY_SHARE = 0.8
 @dataclass(frozen=True)
 class Plan:
     slots: int
+    lanes: int
     reason: str
 
 
 def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
-    """As many slots as pay and fit; `resources.share_base` may fix the number instead."""
+    """As many slots as pay and fit, on the lanes that serve them best, which the engine uses from here on.
+
+    `resources.share_base` may fix the number of slots. No trial may be attached yet.
+    """
+    rank, tokens = largest_rank(spec), typical_step(spec, sweep)
+    needed = memory_per_slot(engine.base, engine.lanes[0].joint.stack(rank).width, tokens)
+    fitting = max(1, int(MEMORY_SHARE * _free_memory() / needed))
     asked = spec.resources.share_base
-    if isinstance(asked, int):
-        return Plan(asked, f"resources.share_base is {asked}")
-    tokens = typical_step(spec, sweep)
-    rank = largest_rank(spec)
-    fixed, each = engine.between_turns(lambda: _step_seconds(engine.joint, rank, tokens))
-    paying = max(1, round(fixed / (WORTH_IT * each)))
-    free, needed = _free_memory(), memory_per_slot(engine.base, engine.joint.stack(rank).width, tokens)
-    fitting = max(1, int(MEMORY_SHARE * free / needed))
-    slots = min(paying, fitting, MOST_SLOTS, spec.budget.trials)
-    return Plan(
-        slots,
-        f"a step takes {1000 * fixed:.0f} ms + {1000 * each:.0f} ms per slot of {tokens} tokens, so {paying} pay; "
-        f"{fitting} of about {needed / 2**20:.0f} MiB fit; the sweep has {spec.budget.trials} trials",
-    )
+    plans: list[tuple[float, Plan]] = []
+    for lanes in (1, 2) if engine.base.device.type == "cpu" and engine.threads > 1 else (1,):
+        engine.use_lanes(lanes)
+        fixed, each = _step_seconds(engine.lanes, rank, tokens)
+        paying = lanes * max(1, round(fixed / (WORTH_IT * each)))
+        slots = asked if isinstance(asked, int) else min(paying, fitting, MOST_SLOTS, spec.budget.trials)
+        reason = (
+            f"{lanes} x {engine.threads // lanes} threads: a step takes {1000 * fixed:.0f} ms and "
+            f"{1000 * each:.0f} ms for each slot of {tokens} tokens, so {paying} slots pay"
+        )
+        if slots >= lanes:
+            plans.append((slots * tokens / (fixed + each * slots / lanes), Plan(slots, lanes, reason)))
+    best = plans[-1] if plans[-1][0] > (1 + WORTH_IT) * plans[0][0] else plans[0]
+    engine.use_lanes(best[1].lanes)
+    said = [f"{plan.reason}, {speed:.0f} tokens/s" for speed, plan in plans]
+    said.append(f"{fitting} of about {needed / 2**20:.0f} MiB fit")
+    said.append(f"resources.share_base is {asked}" if isinstance(asked, int) else f"{spec.budget.trials} trials")
+    return replace(best[1], reason="; ".join(said))
 
 
 def typical_step(spec: SweepSpec, sweep: Preparation) -> int:
@@ -91,24 +104,30 @@ def _free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
-def _step_seconds(joint: JointModel, rank: int, tokens: int) -> tuple[float, float]:
-    """The fixed part of a joint step, and what each slot of so many tokens adds, in seconds."""
+def _step_seconds(lanes: list[Lane], rank: int, tokens: int) -> tuple[float, float]:
+    """The fixed part of a joint step on every lane at once, and what a slot on each adds, in seconds."""
     probe = min(tokens, PROBE_TOKENS)
-    ids = torch.arange(probe)
-    adapters = [Adapter.of_zeros(joint.stack(rank)) for _ in range(PROBE_SLOTS)]
-    batches = [MicroBatch(adapter, [Document(ids, ids)], float(probe)) for adapter in adapters]
-    try:
-        joint.step(batches)  # warms up
-        one = min(_seconds(joint, batches[:1]) for _ in range(REPEATS))
-        some = min(_seconds(joint, batches) for _ in range(REPEATS))
-    finally:
-        for adapter in adapters:
-            adapter.free()
+    with ThreadPoolExecutor(len(lanes)) as pool:
+
+        def seconds(slots: int) -> float:
+            times = pool.map(lambda lane: lane.between_turns(lambda: _seconds(lane.joint, rank, probe, slots)), lanes)
+            return max(times)
+
+        seconds(PROBE_SLOTS)  # warms up
+        one = min(seconds(1) for _ in range(REPEATS))
+        some = min(seconds(PROBE_SLOTS) for _ in range(REPEATS))
     each = max((some - one) / (PROBE_SLOTS - 1), 1e-6)
     return max(one - each, 0.0), each * tokens / probe
 
 
-def _seconds(joint: JointModel, batches: list[MicroBatch]) -> float:
-    started = time.perf_counter()
-    joint.step(batches)
-    return time.perf_counter() - started
+def _seconds(joint: JointModel, rank: int, tokens: int, slots: int) -> float:
+    """What one joint step of slots with so many tokens each takes."""
+    ids = torch.arange(tokens)
+    adapters = [Adapter.of_zeros(joint.stack(rank)) for _ in range(slots)]
+    try:
+        started = time.perf_counter()
+        joint.step([MicroBatch(adapter, [Document(ids, ids)], float(tokens)) for adapter in adapters])
+        return time.perf_counter() - started
+    finally:
+        for adapter in adapters:
+            adapter.free()
