@@ -193,3 +193,42 @@ def test_a_name_that_is_taken_is_refused_before_ray_starts(finished):
     with pytest.raises(tuner.TunerError, match="exists already"):
         tuner.run(finished[0].spec)
     assert time.monotonic() - started < 3
+
+
+class GroupWatcher(Silent):
+    """Notes how long the placement groups of Ray Train stay that are there when a trial ends."""
+
+    def __init__(self) -> None:
+        self.gone_after: list[float] = []
+        self._threads: list[threading.Thread] = []
+
+    def trial_finished(self, record: TrialRecord) -> None:
+        groups = self.living_groups()
+        assert groups, "a trial of two workers that has just ended must have had a placement group"
+        self._threads.append(threading.Thread(target=self.wait_until_gone, args=(groups, time.monotonic())))
+        self._threads[-1].start()
+
+    def sweep_finished(self, records: Any, best: Any) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def living_groups(self) -> set[str]:
+        import ray
+
+        return {name for name, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"}
+
+    def wait_until_gone(self, groups: set[str], since: float) -> None:
+        while groups & self.living_groups() and time.monotonic() < since + 60:
+            time.sleep(0.25)
+        self.gone_after.append(time.monotonic() - since)
+
+
+def test_the_workers_of_a_trial_of_two_are_freed_when_it_is_through_and_when_it_is_stopped(tiny_model_dir, tmp_path):
+    asked = spec_for(tiny_model_dir, tmp_path).model_dump(mode="json")
+    asked["resources"] |= {"workers_per_trial": 2}
+    asked["budget"] |= {"trials": 2, "evals_per_trial": 2, "tokens_per_trial": 2000}
+    watcher = GroupWatcher()
+    sweep = tuner.run(parse_spec(asked | {"promotion": None}, tmp_path), display=watcher)
+    assert [record.outcome for record in sweep.records()] == ["COMPLETED", "STOPPED"]
+    assert len(watcher.gone_after) == 2
+    assert max(watcher.gone_after) < 15
