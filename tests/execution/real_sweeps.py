@@ -15,6 +15,9 @@ from typing import Any
 
 import psutil
 
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Report
+
 TUNER = Path(sys.executable).with_name("tuner")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
@@ -46,6 +49,23 @@ def write_spec(folder: Path, model: Path, name: str, **sections: dict[str, Any] 
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(spec | sections))  # JSON is YAML, too
     return file
+
+
+def trained_alone(spec: SweepSpec, config: Any, facts: dict[str, Any], folder: Path) -> list[Report]:
+    """What a stock SFTTrainer reports of a trial, uninterrupted, in this process."""
+    import torch
+
+    from tuner.training.baseline import Preparation
+    from tuner.training.trial import run_trial
+
+    reports: list[Report] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several that wait for each other stand still on a busy machine
+    try:
+        run_trial(spec, config, Preparation(**facts), folder, lambda report, save: reports.append(report))
+    finally:
+        torch.set_num_threads(threads)
+    return reports
 
 
 def _environment() -> dict[str, str]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from tuner.errors import NotShareable
-from tuner.execution.apart import TrialApart
-from tuner.execution.endings import explain_failure, tail
+from tuner.execution.alone import TrialAlone
+from tuner.execution.endings import explain_failure
 from tuner.execution.logs import log_process_to
 from tuner.execution.machine import Placement
 from tuner.spec.layout import Root
@@ -105,7 +105,7 @@ class EngineActor:
         self._making = threading.Lock()
         self._engine: Engine | None = None
         self._attached: set[int] = set()
-        self._apart: dict[int, TrialApart] = {}
+        self._apart: dict[int, TrialAlone] = {}
 
     # Before the search
 
@@ -162,10 +162,7 @@ class EngineActor:
                     print(f"trial {number} trains apart: {refusal}", flush=True)
             return self._beside(config, facts).advance(until_tokens)
         except Exception as error:
-            told = "".join(traceback.format_exception(error))
-            if number in self._apart:
-                told = tail(self._folder.trial_log(number)) or told
-            return replace(explain_failure(error), log_tail=told)
+            return replace(explain_failure(error), log_tail="".join(traceback.format_exception(error)))
 
     def detach(self, number: int) -> None:
         """End the trial, whatever it is doing."""
@@ -177,19 +174,21 @@ class EngineActor:
             self._apart.pop(number).close()
 
     def _attached_to(self, config: TrialConfig, facts: dict[str, Any]) -> Engine:
-        engine = self._serving(facts)
+        engine, number = self._serving(facts), config["number"]
         with self._making:
-            if config["number"] not in self._attached:
+            if number not in self._attached:
+                if self._folder.trial_state(number).exists():
+                    print(f"trial {number} goes on from its last evaluation", flush=True)
                 engine.attach(config)
-                self._attached.add(config["number"])
+                self._attached.add(number)
         return engine
 
-    def _beside(self, config: TrialConfig, facts: dict[str, Any]) -> TrialApart:
+    def _beside(self, config: TrialConfig, facts: dict[str, Any]) -> TrialAlone:
         number = config["number"]
-        with self._making:
-            if number not in self._apart:
-                self._apart[number] = TrialApart(self._spec, config, facts)
-            return self._apart[number]
+        if number not in self._apart:
+            self._apart[number] = TrialAlone(self._spec, self._spec.resources.cpus_per_worker)
+            self._apart[number].begin(config, facts)
+        return self._apart[number]
 
     def _serving(self, facts: dict[str, Any]) -> Engine:
         from tuner.training.baseline import Preparation

@@ -38,8 +38,11 @@ class Trials:
         config = self._search.ask()
         if config is not None:
             number = config["number"]
-            shutil.rmtree(self._store.folder.trial(number), ignore_errors=True)  # what an earlier attempt left
-            self._store.start_trial(number, config)
+            goes_on = self._store.folder.trial_state(number).exists()  # a slot that was cut off
+            if not goes_on:
+                shutil.rmtree(self._store.folder.trial(number), ignore_errors=True)  # what an earlier attempt left
+            self._store.start_trial(number, config, goes_on)
+            self._search.recall(number, [Report.from_dict(row) for row in self._store.reports([number])])
             self._running.add(number)
             self._display.trial_started(number, config["point"])
         return config
@@ -66,6 +69,7 @@ class Trials:
         ending = self._search.ending(number, failure)
         self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
         self._search.tell(number, ending)
+        self._store.folder.trial_state(number).unlink(missing_ok=True)
         keep_best_adapters(self._store)
         self._display.trial_finished(self._store.record(number))
 

@@ -140,10 +140,15 @@ class Store:
     def _study_id(self) -> int:
         return self._storage.get_study_id_from_name(self.spec.name)
 
-    def start_trial(self, number: int, config: TrialConfig) -> None:
-        """Record what a trial runs with and that it starts now; an earlier attempt and its reports are forgotten."""
+    def start_trial(self, number: int, config: TrialConfig, goes_on: bool = False) -> None:
+        """Record what a trial runs with and that it starts now.
+
+        An earlier attempt is forgotten; its reports stay if the trial goes on from the last of them.
+        """
         forgotten = dict.fromkeys(("outcome", "cause", "reason", "log_tail", "finished"))
         self._set_attributes(number, config=config, started=utc_now().isoformat(), **forgotten)
+        if goes_on:
+            return
         mine = (tables.REPORTS.c.sweep == self.spec.name) & (tables.REPORTS.c.trial == number)
         with self._engine.begin() as connection:
             connection.execute(tables.REPORTS.delete().where(mine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import optuna
@@ -86,6 +87,12 @@ class Search:
             self._endings[number] = Ending("STOPPED", "early stopping", reason)
             return True
         return False
+
+    def recall(self, number: int, reports: Sequence[Report]) -> None:
+        """Of a trial that goes on where an earlier run was cut off, take the evaluations it reported there."""
+        for report in reports:
+            value: float = getattr(report, self._spec.objective.metric)
+            self._best[number] = self._better(value, self._best.get(number, math.nan))
 
     def is_decided(self, number: int) -> bool:
         """Whether the reports so far already say how the trial ends."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +38,13 @@ def load_model(model: dict[str, Any], cache: Path, device: str | torch.device = 
 
 
 def load_tokenizer(model: dict[str, Any], cache: Path) -> PreTrainedTokenizerBase:
-    """Load the base's own tokenizer, chat template included."""
+    """The base's own tokenizer, chat template included; read once in a process, and a copy for each who asks."""
     source, options = _source(model, cache)
+    return copy.deepcopy(_read_tokenizer(source, **options))
+
+
+@lru_cache
+def _read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source, **options)
 
 
@@ -78,12 +85,17 @@ def package_folder(package: str) -> Path:
 def _converted_gguf(folder: str, model: dict[str, Any], cache: Path) -> Path:
     """Convert a GGUF file to safetensors once per (file, dtype); two processes may ask at the same time."""
     gguf = Path(folder) / model["gguf_file"]
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+    digest = _digest(gguf, gguf.stat().st_mtime_ns).copy()
     digest.update(model["dtype"].encode())
     target = cache / "models" / digest.hexdigest()[:16]
     make_once(target, lambda working: _convert_gguf(folder, model, working))
     return target
+
+
+@lru_cache
+def _digest(file: Path, modified_ns: int) -> Any:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256")
 
 
 def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str, Any]:

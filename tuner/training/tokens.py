@@ -6,6 +6,7 @@ which cannot be learned from is counted where TRL would stop or train on nothing
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -117,13 +118,14 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase, rules: Masking) -> dict[st
     """Return all that the token ids and labels of an example depend on, besides the example."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content: Any = tokenizer.get_vocab()
+        content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:
-        content = json.loads(backend.to_str())
-        for state in ("truncation", "padding"):  # left behind by whoever called the tokenizer last
-            content.pop(state, None)
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()  # left behind, as padding, by whoever called the tokenizer last
+        backend.no_padding()
+        content = backend.to_str()
     return {
-        "tokenizer": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(content.encode()).hexdigest(),
         "class": type(tokenizer).__name__,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
