@@ -227,6 +227,7 @@ def test_the_workers_of_a_trial_of_two_are_freed_when_it_is_through_and_when_it_
     asked = spec_for(tiny_model_dir, tmp_path).model_dump(mode="json")
     asked["resources"] |= {"workers_per_trial": 2}
     asked["budget"] |= {"trials": 2, "evals_per_trial": 2, "tokens_per_trial": 2000}
+    asked["search"]["enqueue"] = asked["search"]["enqueue"][:2]
     watcher = GroupWatcher()
     sweep = tuner.run(parse_spec(asked | {"promotion": None}, tmp_path), display=watcher)
     assert [record.outcome for record in sweep.records()] == ["COMPLETED", "STOPPED"]
