@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test check format readme clean
+.PHONY: setup demo test check format bench readme clean
 
 # Makes .venv with the pinned versions; quick when nothing changed.
 setup: .venv/ready
@@ -36,9 +36,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What README.md takes from the code.
+# How fast sweeps are, against other ways to run them; `make bench BENCH=--full` takes hours, BENCH=--help says more.
+bench: setup
+	$(BIN)/python -m tests.benchmarks $(BENCH)
+
+# What README.md takes from the code and from the committed measurements.
 readme: setup
 	$(BIN)/python -m tuner.spec.reference README.md
+	$(BIN)/python -m tests.benchmarks.table README.md
 
 clean:
 	rm -rf .venv runs *.egg-info
