@@ -12,7 +12,8 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from tuner.errors import DataError, InfeasibleError, TunerError
-from tuner.execution.endings import LOG_TAIL_LINES, explain
+from tuner.execution.endings import LOG_TAIL_LINES
+from tuner.execution.trial import explain
 
 DEAD = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: Worker(...)", ActorDiedError())
 KILLED_BY_RAY = WorkerHealthCheckFailedError(

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-
-from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
 from tuner.errors import DataError, InfeasibleError, TunerError, is_out_of_memory
 from tuner.spec.trial import Ending
 
 LOG_TAIL_LINES = 200
-
-
-def explain(error: TrainingFailedError, log: Path) -> Ending:
-    """Turn what Ray Train raised into an ending, with the end of the trial's log.
-
-    Where several workers failed, the one that says most counts: those that only lost another one come last.
-    """
-    failures: list[Exception] = [error]
-    if isinstance(error, WorkerGroupError):
-        failures = list(error.worker_failures.values())
-    elif isinstance(error, ControllerError):
-        failures = [error.controller_failure]
-    telling = ("oom", "diverged", "budget", "data", "refused", "worker-lost", "bug")
-    endings = [explain_failure(failure) for failure in failures]
-    ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
-    return replace(ending, log_tail=tail(log))
 
 
 def explain_failure(failure: Exception) -> Ending:

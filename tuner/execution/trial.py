@@ -6,18 +6,19 @@ import json
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray.train
 from ray import tune
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
-from tuner.execution.endings import explain
+from tuner.execution.endings import explain_failure, tail
 from tuner.execution.logs import log_process_to
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
-from tuner.spec.trial import Report, TrialConfig
+from tuner.spec.trial import Ending, Report, TrialConfig
 
 FAILURE = "failure"
 """Key of a Tune result that is no evaluation: the trial's `Ending`, as JSON because Tune flattens what is nested."""
@@ -48,9 +49,25 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except TrainingFailedError as error:
         ending = explain(error, folder.trial_log(config["number"]))
         tune.report({FAILURE: json.dumps(asdict(ending))})
+
+
+def explain(error: TrainingFailedError, log: Path) -> Ending:
+    """Turn what Ray Train raised into an ending, with the end of the trial's log.
+
+    Where several workers failed, the one that says most counts: those that only lost another one come last.
+    """
+    failures: list[Exception] = [error]
+    if isinstance(error, WorkerGroupError):
+        failures = list(error.worker_failures.values())
+    elif isinstance(error, ControllerError):
+        failures = [error.controller_failure]
+    telling = ("oom", "diverged", "budget", "data", "refused", "worker-lost", "bug")
+    endings = [explain_failure(failure) for failure in failures]
+    ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
+    return replace(ending, log_tail=tail(log))
 
 
 def train_worker(loop: dict[str, Any]) -> None:
