@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from made_by_hand import TRIALS, make_sweep
-from real_sweeps import Command, write_spec
+from real_sweeps import Command, trained_alone, write_spec
 
 import tuner
 from tuner.results.record import SweepStatus, TrialRecord
+from tuner.spec.sweep import SweepSpec
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -29,6 +30,8 @@ class Stop:
     lines: list[str]
     state: SweepStatus
     trials: list[TrialRecord]
+    spec: SweepSpec
+    log: str
 
 
 @contextmanager
@@ -41,7 +44,8 @@ def told(stops: dict[str, Stop], folder: Path, moment: str, *arguments: object) 
     finally:
         running.kill()
     sweep = tuner.open(NAME, folder / "runs")
-    stops[moment] = Stop(code, running.lines, sweep.state(), sweep.records())
+    log = sweep.folder.log.read_text(errors="replace")
+    stops[moment] = Stop(code, running.lines, sweep.state(), sweep.records(), sweep.spec, log)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     stops: dict[str, Stop] = {}
     command = partial(told, stops, folder)
     with command("preparing", *run) as running:
-        running.wait_for("Loading the base")
+        running.wait_for("Loading the libraries")
         running.ctrl_c()
     with command("searching", *resume) as running:
         running.wait_for("trial 0 COMPLETED")
@@ -67,7 +71,7 @@ def stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         assert cancel.end() == 0, cancel.lines
     with command("promoting", *resume) as running:
         running.wait_for(f"trial 2 at {FIRST:,} tokens")
-        running.kill_actor("ImplicitFunc")
+        running.kill_writer(folder / "runs" / "sweeps" / NAME / "trials" / "00002" / "trial.log")
         running.wait_for("measuring the merged model")
         running.ctrl_c()
     with command("done", *resume):
@@ -174,29 +178,40 @@ def shared_stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     stops: dict[str, Stop] = {}
     with told(stops, folder, "searching", "run", file) as running:
-        running.wait_for(f"trial 0 at {FIRST:,} tokens")
-        running.wait_for(f"trial 1 at {FIRST:,} tokens")
+        running.wait_for("trial 0 at ")
+        running.wait_for("trial 1 at ")
         running.ctrl_c()
     with told(stops, folder, "done", "resume", NAME, "--root", folder / "runs") as running:
-        running.wait_for(f"trial 0 at {FIRST:,} tokens")
-        running.wait_for(f"trial 1 at {FIRST:,} tokens")
-        running.kill_actor("_EngineActor")
+        running.wait_for("trial 0 at ")
+        running.wait_for("trial 1 at ")
+        running.kill_actor("EngineActor")
     return stops
 
 
-def test_trials_on_a_shared_base_are_cut_off_and_run_again_too(shared_stops):
-    stop = shared_stops["searching"]
+def test_trials_on_a_shared_base_are_cut_off_and_go_on_from_their_last_evaluation(shared_stops):
+    stop, done = shared_stops["searching"], shared_stops["done"]
     assert (stop.code, stop.state.status) == (130, "interrupted"), stop.lines
-    assert [trial.outcome for trial in stop.trials] == ["RUNNING", "RUNNING"]
-    for cut_off, again in zip(stop.trials, shared_stops["done"].trials, strict=False):
-        assert again.point == cut_off.point
-        assert again.reports[0].eval_loss == pytest.approx(cut_off.reports[0].eval_loss, abs=1e-5)
+    assert all(trial.reports for trial in stop.trials[:2])
+    assert [trial.point for trial in done.trials[:2]] == [trial.point for trial in stop.trials[:2]]
+    said = done.log.splitlines()
+    for trial in (trial for trial in stop.trials if trial.outcome == "RUNNING" and trial.reports):
+        assert f"trial {trial.number} goes on from its last evaluation" in said
+        assert done.trials[trial.number].reports[: len(trial.reports) - 1] == trial.reports[:-1]
 
 
-def test_an_engine_that_is_killed_takes_its_slots_along_and_not_the_sweep(shared_stops):
+def test_an_engine_that_is_killed_costs_no_trial(shared_stops):
     done = shared_stops["done"]
     assert (done.code, done.state.status) == (0, "finished"), done.lines
-    ends = [(trial.outcome, trial.cause) for trial in done.trials]
-    assert ends[:2] == [("FAILED", "worker-lost")] * 2
-    assert ends[2] in [("FAILED", "worker-lost"), ("COMPLETED", None)]  # it may ask while the engine still restarts
-    assert ends[3] == ("COMPLETED", None)
+    assert [trial.outcome for trial in done.trials] == ["COMPLETED"] * 4
+    for trial in done.trials:
+        assert [report.tokens for report in trial.reports] == [FIRST, 2 * FIRST, 3 * FIRST, BUDGET]
+    told = [line.split(" tokens:")[0].split("] ")[1] for line in done.lines if " tokens: " in line]
+    assert len(told) == len(set(told)), "an evaluation was reported twice"
+
+
+def test_a_trial_that_was_cut_off_twice_scores_as_one_that_was_not(shared_stops, tmp_path):
+    done = shared_stops["done"]
+    facts = {field: getattr(done.state, field) for field in ("tokens_per_trial", "data", "baseline")}
+    for trial in done.trials[:2]:
+        alone = trained_alone(done.spec, trial.config, facts, tmp_path)
+        assert [one.eval_loss for one in trial.reports] == pytest.approx([one.eval_loss for one in alone], abs=1e-5)
