@@ -1,4 +1,8 @@
-"""The language-model head of a joint batch: losses per slot and their gradient, without keeping the logits."""
+"""The language-model head of a joint batch: losses per slot and their gradient, without ever making all logits.
+
+The vocabulary is passed through in tiles that stay in the processor's cache, as flash attention passes through keys:
+sums of exponentials are kept relative to the largest logit so far, and shrunk when a larger one comes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = 64 * 2**20
+TOKENS = 1024
+"""Rows that go through the vocabulary together."""
+TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 """Logits (float32) made at a time."""
 
 
@@ -15,7 +21,7 @@ class WeightedNLL(torch.autograd.Function):
     """Negative log-likelihoods of targets, and the gradient of their weighted sum, in one pass over the head.
 
     The weight of every token is known beforehand (one over its slot's token count), so the gradient with respect to
-    the hidden states is taken while each chunk of logits is at hand: nothing is recomputed and no logits are kept.
+    the hidden states is taken while each tile of logits is at hand: nothing is recomputed and no logits are kept.
     """
 
     @staticmethod
@@ -28,11 +34,11 @@ class WeightedNLL(torch.autograd.Function):
     ) -> torch.Tensor:
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
-        for rows in _chunks(len(targets), len(weight)):
-            exponentials, total, log_probs = _exponentials(hidden[rows], weight, targets[rows])
-            nll[rows] = -log_probs
-            mean = exponentials.to(weight.dtype) @ weight
-            grad[rows] = (mean / total - weight[targets[rows]]) * weights[rows, None]
+        for rows in _slices(len(targets), TOKENS):
+            expected = torch.zeros(hidden[rows].shape, dtype=torch.float32, device=hidden.device)
+            of_target, largest, total = _through_vocabulary(hidden[rows], weight, targets[rows], expected)
+            nll[rows] = total.log() + largest - of_target
+            grad[rows] = (expected / total[:, None] - weight[targets[rows]]) * weights[rows, None]
         ctx.save_for_backward(grad)
         return nll
 
@@ -47,28 +53,39 @@ class WeightedNLL(torch.autograd.Function):
 def nll_and_correct(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood (float32) of each target, and whether it was the most likely token."""
+    """Negative log-likelihood (float32) of each target, and whether no token was more likely."""
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    for rows in _chunks(len(targets), len(weight)):
-        logits = (hidden[rows] @ weight.t()).float()
-        nll[rows] = logits.logsumexp(-1) - logits.gather(1, targets[rows, None])[:, 0]
-        correct[rows] = logits.argmax(-1) == targets[rows]
+    for rows in _slices(len(targets), TOKENS):
+        of_target, largest, total = _through_vocabulary(hidden[rows], weight, targets[rows])
+        nll[rows] = total.log() + largest - of_target
+        correct[rows] = of_target == largest
     return nll, correct
 
 
-def _exponentials(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+def _through_vocabulary(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(logit - largest) (tokens, vocabulary), its sum (tokens, 1), the targets' log-probabilities (tokens,)."""
-    logits = (hidden @ weight.t()).float()
-    logits -= logits.amax(-1, keepdim=True)
-    of_targets = logits.gather(1, targets[:, None])[:, 0]
-    exponentials = logits.exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    return exponentials, total, of_targets - total[:, 0].log()
+    """Of each token: its target's logit, the largest logit, and the sum of exp(logit - largest).
+
+    `expected` (tokens, features), zeros, becomes the sum of the head's rows, each times its exp(logit - largest).
+    """
+    of_target = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+    largest, total = torch.full_like(of_target, -torch.inf), torch.zeros_like(of_target)
+    for tile in _slices(len(weight), max(1, TILE_BYTES[hidden.device.type] // (4 * len(targets)))):
+        part = weight[tile]
+        logits = (hidden @ part.t()).float()
+        place = targets - tile.start
+        here = (place >= 0) & (place < len(part))
+        of_target = torch.where(here, logits.gather(1, place.clamp(0, len(part) - 1)[:, None])[:, 0], of_target)
+        before, largest = largest, torch.maximum(largest, logits.amax(-1))
+        shrink = (before - largest).exp_()
+        exponentials = logits.sub_(largest[:, None]).exp_()
+        total = total * shrink + exponentials.sum(-1)
+        if expected is not None:
+            expected.mul_(shrink[:, None]).add_(exponentials.to(weight.dtype) @ part)
+    return of_target, largest, total
 
 
-def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
