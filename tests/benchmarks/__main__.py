@@ -36,7 +36,7 @@ def main() -> None:
     if arguments.from_results:
         print(table(read_results()), end="")
         return
-    works = GPU if arguments.gpu else FULL if arguments.full else [short(work) for work in FULL]
+    works = GPU if arguments.gpu else FULL if arguments.full or arguments.grid else short()
     for work in works:
         if arguments.workloads and work.name not in arguments.workloads:
             continue
@@ -45,9 +45,8 @@ def main() -> None:
         if arguments.grid:
             _write_grid(work)
             continue
-        started = time.monotonic()
         result = compare(work, _peers(work, arguments.peers, arguments.slots), arguments.turns)
-        print(table([result]), f"workload {work.name} took {(time.monotonic() - started) / 60:.1f} min", sep="\n")
+        print(table([result]), flush=True)
         arguments.results.mkdir(parents=True, exist_ok=True)
         (arguments.results / f"{work.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         difference = largest_difference(result)
@@ -59,6 +58,7 @@ def main() -> None:
 
 def compare(work: Workload, peers: list[str], turns: int) -> dict[str, Any]:
     """Every peer in every turn, every other turn in reverse."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
         prepared = prepare(work, folder)
@@ -73,7 +73,7 @@ def compare(work: Workload, peers: list[str], turns: int) -> dict[str, Any]:
                 )
             measured.append({peer: runs[peer] for peer in peers})
     facts = {key: prepared[key] for key in ("work", "machine", "flops_per_token")}
-    return {**facts, "target": target, "turns": measured}
+    return {**facts, "target": target, "minutes": (time.monotonic() - began) / 60, "turns": measured}
 
 
 def _write_grid(work: Workload) -> None:
@@ -84,10 +84,7 @@ def _write_grid(work: Workload) -> None:
         losses = measure("engine", prepared, Path(scratch)).losses
     found = json.loads(GRID.read_text()) if GRID.exists() else {}
     trials = [
-        {
-            **point,
-            "eval_loss": {key.split("@")[1]: loss for key, loss in losses.items() if key.split("@")[0] == str(number)},
-        }
+        {**point, "best": min(loss for report, loss in losses.items() if report.startswith(f"{number}@"))}
         for number, point in enumerate(prepared["spec"]["search"]["enqueue"])
     ]
     found[work.name] = {"what": grid.describe(), "best": min(losses.values()), "trials": trials}

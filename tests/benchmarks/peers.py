@@ -55,13 +55,14 @@ class Notes(Silent):
 def prepare(job: Job) -> Outcome:
     """Make or convert the model, tokenise and pack the rows, and measure what the machine can do."""
     from tests.benchmarks.machine import describe_machine, flops_per_token
-    from tuner.training.baseline import load_base, prepare_rows, prepare_sweep
+    from tuner.training.baseline import load_base, prepare_rows, prepare_sweep, score_base
 
     work, folder = Workload(**job["work"]), Path(job["folder"])
     write_data(work, folder)
     spec = spec_for(work, make_model(work, folder), folder)
-    facts = prepare_sweep(spec, lambda stage, done, total: None)
-    rows, base = prepare_rows(spec, spec.train), load_base(spec)
+    base = load_base(spec)
+    facts = prepare_sweep(spec, lambda *event: None, measure=lambda sweep: score_base(spec, base))
+    rows = prepare_rows(spec, spec.train)
     return {
         "spec": spec.model_dump(mode="json"),
         "facts": facts.as_dict(),

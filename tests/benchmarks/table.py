@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 BASELINES = ("by hand", "1 process", "2 processes")
 
 Result = dict[str, Any]
-"""Of one workload: `work`, `machine`, `flops_per_token`, `target`, and for every turn the Measurement of each peer."""
+"""Of one workload: `work`, `machine`, `flops_per_token`, `target`, `minutes`, and `turns`: each peer's Measurement."""
 
 LEGEND = """\
 by hand      Ray Tune, OptunaSearch, TorchTrainer and SFTTrainer, as tests/benchmarks/hand_glued.py joins them
@@ -62,7 +62,7 @@ def _machine(result: Result) -> str:
     return (
         f"{machine['device']}, {machine['cores']} cores{bf16}, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"torch {machine['torch']}, matrix products {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s; "
-        f"{'1 turn' if turns == 1 else f'median of {turns} turns'}"
+        f"{'1 turn' if turns == 1 else f'median of {turns} turns'} in {result['minutes']:.0f} min"
     )
 
 
