@@ -11,18 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tuner.errors import InfeasibleError
+from tuner.errors import InfeasibleError, NotShareable
+from tuner.spec.layout import Root
 from tuner.spec.load import parse_spec
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows, prepare_sweep
 from tuner.training.model import load_model
+from tuner.training.shared import head, planner
 from tuner.training.shared.engine import Engine
-from tuner.training.shared.joint import why_not_joint
+from tuner.training.shared.joint import Layout, MicroBatch, why_not_joint
+from tuner.training.shared.planner import memory_per_slot, plan_slots, typical_step
 from tuner.training.trial import run_trial
 
 TOKENS, EVALS = 2400, 12
@@ -102,14 +106,23 @@ class Sweep:
         run_trial(self.spec, config, self.facts, output, lambda report, save: reports.append(report))
         return reports
 
-    def engine(self) -> Engine:
+    def engine(self, lanes: int = 1) -> Engine:
         base = load_model(self.spec.model.model_dump(), self.folder / "cache")
-        return Engine(self.spec, base, self.facts, prepare_rows(self.spec, self.spec.train).eval)
+        return Engine(self.spec, base, self.facts, prepare_rows(self.spec, self.spec.train).eval, lanes)
+
+    def state(self, number: int) -> Path:
+        return Root(Path(self.spec.storage.root)).sweep(self.spec.name).trial_state(number)
 
 
 @pytest.fixture(scope="module")
 def sweep(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     return Sweep(tiny_model_dir, tmp_path_factory.mktemp("slots"))
+
+
+@pytest.fixture(scope="module")
+def alone(sweep: Sweep) -> list[list[Report]]:
+    """What each of the variants reports as a trial of its own."""
+    return [sweep.alone(config) for config in configs_for(sweep.spec)]
 
 
 @pytest.fixture
@@ -153,23 +166,26 @@ def differences(some: list[Report], others: list[Report]) -> dict[str, float]:
     return {key: max(abs(getattr(a, key) - getattr(b, key)) for a, b in zip(some, others, strict=True)) for key in keys}
 
 
-def test_slots_that_differ_in_everything_train_as_they_would_alone(sweep, engine):
-    configs = configs_for(sweep.spec)
-    joint = together(engine, configs)
-    for config in configs:
-        found = differences(sweep.alone(config), joint[config["number"]])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_slots_that_differ_in_everything_train_as_they_would_alone(lanes, sweep, alone):
+    engine = sweep.engine(lanes)
+    joint = together(engine, configs_for(sweep.spec))
+    assert [lane.tenancies for lane in engine.lanes] == [[]] * lanes
+    engine.close()
+    for number, reports in joint.items():
+        found = differences(alone[number], reports)
         assert found.pop("grad_norm") < 1e-3  # a norm over thousands of products, itself above 1
-        assert max(found.values()) < 1e-4, (config["number"], found)
+        assert max(found.values()) < 1e-4, (number, found)
     assert max(report.step for reports in joint.values() for report in reports) > 50
 
 
-def test_slots_that_come_and_go_do_not_change_a_slot(sweep, engine):
+def test_slots_that_come_and_go_do_not_change_a_slot(sweep, alone, engine):
     configs = configs_for(sweep.spec)
     steady: dict[int, list[Report]] = {}
     with beside([lambda: drive(engine, configs[0], steady)]):
         for number, evals in [(1, 2), (2, 1), (3, 3), (1, 1)]:  # attach, train a little, detach in the middle
             drive(engine, configs[number], {}, evals)
-    assert max(differences(sweep.alone(configs[0]), steady[0]).values()) < 1e-4
+    assert max(differences(alone[0], steady[0]).values()) < 1e-4
 
 
 def test_the_adapter_of_a_slot_is_the_adapter_of_its_trial(sweep, engine):
@@ -180,7 +196,7 @@ def test_the_adapter_of_a_slot_is_the_adapter_of_its_trial(sweep, engine):
     assert max(tensor.abs().max() for name, tensor in saved.items() if "lora_B" in name) > 0
 
 
-def test_a_slot_that_diverges_or_fails_ends_alone(sweep, engine):
+def test_a_slot_that_diverges_or_fails_ends_alone(sweep, alone, engine):
     configs = configs_for(sweep.spec)
     configs[1]["train"]["learning_rate"] = 1e30
     configs[2]["train"]["optim"] = "lomo"  # needs a package that is not installed
@@ -191,10 +207,10 @@ def test_a_slot_that_diverges_or_fails_ends_alone(sweep, engine):
             with pytest.raises(error):
                 drive_attached(engine, number)
             engine.detach(number)
-    assert max(differences(sweep.alone(configs[0]), good[0]).values()) < 1e-4
+    assert max(differences(alone[0], good[0]).values()) < 1e-4
 
 
-def test_nan_in_the_first_slot_of_a_batch_reaches_no_other(sweep):
+def test_nan_in_the_first_slot_of_a_batch_reaches_no_other(sweep, alone):
     """Documents of unequal length, so that attention pads, and the first token of the batch not finite."""
     engine = sweep.engine()
     configs = configs_for(sweep.spec)[:2]
@@ -206,7 +222,7 @@ def test_nan_in_the_first_slot_of_a_batch_reaches_no_other(sweep):
     with steady, pytest.raises(InfeasibleError):
         drive_attached(engine, 0)
     engine.close()
-    assert max(differences(sweep.alone(configs[1])[:4], good).values()) < 1e-4
+    assert max(differences(alone[1][:4], good).values()) < 1e-4
 
 
 def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
@@ -216,6 +232,98 @@ def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
     engine.detach(0)
     assert not any(rows for stack in engine.lanes[0].joint._stacks.values() for rows in stack.adapted.values())
     engine.detach(0)  # twice is as good as once
+
+
+def test_a_slot_goes_on_from_what_its_engine_left_behind(sweep, alone):
+    """Optimizer, schedule, position in the data and losses: as if nothing had happened between the two engines."""
+    config, ahead = configs_for(sweep.spec)[1], milestones(TOKENS, EVALS)
+    first = sweep.engine()
+    first.attach(config)
+    reports = [first.advance(1, milestone) for milestone in ahead[:5]]
+    left = sweep.state(1).read_bytes()
+    first.close()
+    assert not sweep.state(1).exists()
+    sweep.state(1).write_bytes(left)
+    second = sweep.engine()
+    second.attach(config)
+    assert second.advance(1, ahead[4]) == reports[-1]
+    reports += [second.advance(1, milestone) for milestone in ahead[5:]]
+    second.close()
+    assert max(differences(alone[1], reports).values()) < 1e-5
+
+
+def test_what_does_not_fit_together_is_computed_apart_and_costs_no_trial(sweep, alone, engine, monkeypatch):
+    """Memory runs out after the gradients were added, in the middle of an accumulation, and again and again."""
+    joint, sizes = engine.lanes[0].joint, []
+
+    def step(batches: list[MicroBatch], real: Any = joint.step) -> list[float]:
+        losses = real(batches)
+        sizes.append(len(batches))
+        if len(batches) > 2:
+            raise MemoryError
+        return losses
+
+    monkeypatch.setattr(joint, "step", step)
+    for number, reports in together(engine, configs_for(sweep.spec)).items():
+        assert max(differences(alone[number], reports).values()) < 1e-3, number
+    assert 0 < len([size for size in sizes if size > 2]) < 4  # what did not fit once is not tried at every step
+
+
+def test_a_slot_that_does_not_fit_alone_ends_alone(sweep, alone, engine, monkeypatch):
+    configs, joint = configs_for(sweep.spec)[:2], engine.lanes[0].joint
+
+    def step(batches: list[MicroBatch], real: Any = joint.step) -> list[float]:
+        if any(batch.adapter and batch.adapter.stack.rank == 8 and batch.tokens > 60 for batch in batches):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(batches)
+
+    configs[0]["train"]["per_device_train_batch_size"] = 4
+    configs[1]["lora"] = {**(configs[1]["lora"] or {}), "r": 16, "lora_alpha": 8}
+    monkeypatch.setattr(joint, "step", step)
+    for config in configs:
+        engine.attach(config)
+    good: list[Report] = []
+    steady = beside([lambda: good.extend(engine.advance(1, m) for m in milestones(TOKENS, EVALS)[:3])])
+    with steady, pytest.raises(torch.OutOfMemoryError):
+        engine.advance(0, milestones(TOKENS, EVALS)[0])
+    assert max(differences(sweep.alone(configs[1])[:3], good).values()) < 1e-4
+
+
+def test_the_base_is_a_slot_without_an_adapter(sweep, engine):
+    assert engine.score_base().as_dict() == pytest.approx(sweep.facts.baseline, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"optim": "adafactor"}},
+        {"lora": {"r": 4, "use_dora": True}},
+        {"lora": {"r": 4, "modules_to_save": ["lm_head"]}},
+        {"lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}},
+    ],
+    ids=str,
+)
+def test_a_trial_that_is_more_than_low_rank_products_is_no_slot(changes, sweep, engine):
+    (config,) = configs_for(sweep.spec, [{"train": {}, "lora": {}} | changes])
+    engine.attach(config)
+    with pytest.raises(NotShareable):
+        engine.advance(0, milestones(TOKENS, EVALS)[0])
+
+
+def test_random_numbers_depend_on_the_slot_alone(tiny_model_dir, tmp_path):
+    """Dropout and noise are the same with neighbours and without, and when checkpointing computes a layer again."""
+    noisy = {"train": {"learning_rate": 4e-3, "neftune_noise_alpha": 5}, "lora": {"r": 8, "lora_dropout": 0.2}}
+    losses = []
+    for folder, checkpointing, company in [("a", False, 1), ("b", True, 1), ("c", False, 3)]:
+        (tmp_path / folder).mkdir()
+        train = {"per_device_train_batch_size": 2, "gradient_checkpointing": checkpointing}
+        sweep = Sweep(tiny_model_dir, tmp_path / folder, train=train)
+        engine = sweep.engine()
+        reports = together(engine, configs_for(sweep.spec, [noisy, *VARIANTS[: company - 1]]))[0]
+        engine.close()
+        losses.append([report.eval_loss for report in reports])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_dropout_noise_and_checkpointing_learn_as_well_as_alone(tiny_model_dir, tmp_path):
@@ -253,6 +361,54 @@ def test_the_base_itself_is_never_changed(sweep):
     together(engine, configs_for(sweep.spec)[:1])
     engine.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.base.state_dict().items())
+
+
+def test_documents_of_similar_length_are_padded_together():
+    layout = Layout([100, 3, 4, 90, 60], torch.device("cpu"))
+    rows = torch.arange(257.0).view(1, 1, 257, 1)
+    groups = layout.spread(rows)
+    assert [tuple(group.shape) for group in groups] == [(3, 1, 100, 1), (2, 1, 4, 1)]
+    assert layout.waste == pytest.approx(1 - 257 / 308)
+    assert torch.equal(layout.join([group.transpose(1, 2) for group in groups]), rows.transpose(1, 2))
+
+
+def test_the_planner_measures_and_says_why(sweep, engine):
+    plan = plan_slots(sweep.spec, engine, sweep.facts)
+    assert 1 <= plan.slots <= sweep.spec.budget.trials
+    assert len(engine.lanes) == plan.lanes <= plan.slots
+    assert "4 trials" in plan.reason
+    assert f"{plan.lanes} x {engine.threads // plan.lanes} threads" in plan.reason
+
+
+def test_the_planner_takes_the_number_that_is_asked_for(sweep, engine):
+    resources = sweep.spec.resources.model_copy(update={"share_base": 3})
+    plan = plan_slots(sweep.spec.model_copy(update={"resources": resources}), engine, sweep.facts)
+    assert plan.slots == 3
+    assert "resources.share_base is 3" in plan.reason
+
+
+def test_where_memory_is_short_there_are_fewer_slots(sweep, engine, monkeypatch):
+    needed = memory_per_slot(engine.base, engine.lanes[0].joint.stack(8).width, typical_step(sweep.spec, sweep.facts))
+    monkeypatch.setattr(planner, "_free_memory", lambda: int(1.5 * needed))
+    assert plan_slots(sweep.spec, engine, sweep.facts).slots == 1
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "features"), [(5, 7, 3), (1500, 30, 8), (3, 60_000, 4)])
+def test_the_head_in_tiles_is_the_head_at_once(tokens, vocabulary, features, monkeypatch):
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 2**14)
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, features, dtype=torch.float32, requires_grad=True)
+    weight, targets = 3 * torch.randn(vocabulary, features), torch.randint(0, vocabulary, (tokens,))
+    weights = torch.rand(tokens)
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    nll = head.WeightedNLL.apply(hidden, weight, targets, weights)
+    (grad,) = torch.autograd.grad((nll * weights).sum(), hidden)
+    assert torch.allclose(nll, expected, atol=1e-5)
+    assert torch.allclose(grad, expected_grad, rtol=1e-3, atol=1e-5)
+    scored, correct = head.nll_and_correct(hidden.detach(), weight, targets)
+    assert torch.allclose(scored, expected, atol=1e-5)
+    assert torch.equal(correct, (hidden @ weight.t()).argmax(-1) == targets)
 
 
 @pytest.mark.parametrize(
