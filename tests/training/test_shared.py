@@ -380,6 +380,13 @@ def test_the_planner_measures_and_says_why(sweep, engine):
     assert f"{plan.lanes} x {engine.threads // plan.lanes} threads" in plan.reason
 
 
+@pytest.mark.parametrize(("faster", "dtype"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_the_planner_says_when_another_dtype_would_be_faster(faster, dtype, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(planner, "_products_per_second", lambda asked, device: 3.0 if asked == faster else 1.0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=getattr(torch, dtype))
+    assert planner.dtype_advice(base).endswith(f"model.dtype {str(faster).removeprefix('torch.')} would be faster")
+
+
 def test_the_planner_takes_the_number_that_is_asked_for(sweep, engine):
     resources = sweep.spec.resources.model_copy(update={"share_base": 3})
     plan = plan_slots(sweep.spec.model_copy(update={"resources": resources}), engine, sweep.facts)

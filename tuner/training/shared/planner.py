@@ -30,6 +30,8 @@ PROBE_TOKENS = 64
 """Most tokens of a slot when measuring; a step's own cost grows with its tokens, the fixed part does not."""
 PROBE_SLOTS = 3
 REPEATS = 2
+DTYPE_MATTERS = 1.5
+"""Advise another dtype when it multiplies so many times as fast."""
 MEMORY_SHARE = 0.8
 """Of the free memory, what slots may take."""
 
@@ -67,6 +69,7 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
     said = [f"{plan.reason}, {speed:.0f} tokens/s" for speed, plan in plans]
     said.append(f"{fitting} of about {needed / 2**20:.0f} MiB fit")
     said.append(f"resources.share_base is {asked}" if isinstance(asked, int) else f"{spec.budget.trials} trials")
+    said.append(engine.lanes[0].between_turns(lambda: dtype_advice(engine.base)))
     return replace(best[1], reason="; ".join(said))
 
 
@@ -98,6 +101,29 @@ def memory_per_slot(base: Any, adapter_width: int, tokens: int) -> int:
         4 * torch.float32.itemsize + base.dtype.itemsize
     )  # weights, gradients, two moments; weights to compute with
     return adapter_width * copies + activations
+
+
+def dtype_advice(base: Any) -> str:
+    """What `model.dtype` costs here: CPUs with bfloat16 instructions compute with it several times as fast, others not.
+
+    The spec decides all the same: a score is worth something only beside others of the same type.
+    """
+    speed = {dtype: _products_per_second(dtype, base.device) for dtype in (torch.bfloat16, torch.float32)}
+    other = torch.float32 if base.dtype == torch.bfloat16 else torch.bfloat16
+    ratio = speed[other] / speed.get(base.dtype, speed[other])
+    advice = f": model.dtype {str(other).removeprefix('torch.')} would be faster" if ratio > DTYPE_MATTERS else ""
+    return f"bfloat16 products are {speed[torch.bfloat16] / speed[torch.float32]:.1f} times as fast as float32{advice}"
+
+
+def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Products of matrices of 512 x 512, the best of a few."""
+    matrix = torch.ones(512, 512, dtype=dtype, device=device)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        times.append(time.perf_counter() - started)
+    return 1 / min(times)
 
 
 def _free_memory() -> int:
