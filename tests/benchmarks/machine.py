@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-REPEATS = 10
+REPEATS = 30
 
 
 def describe_machine(base: Any) -> dict[str, Any]:
