@@ -26,8 +26,9 @@ from tuner.execution.alone import start_workers
 from tuner.execution.engine import Engines
 from tuner.execution.events import Silent
 from tuner.execution.machine import Placement, place, ray_cluster
+from tuner.execution.on_tune import search_on_tune
 from tuner.execution.places import run_in_places
-from tuner.execution.search import _search_on_tune, search
+from tuner.execution.search import search
 from tuner.execution.trials import Trials
 from tuner.results.record import TrialRecord, outcome_counts
 from tuner.results.store import Store
@@ -117,7 +118,7 @@ def run_dedicated(way: str, model: Path, root: Path) -> list[float]:
             with start_workers(spec, placement) as workers:
                 run_in_places(trials, workers, facts, [facts["tokens_per_trial"]])
         else:
-            _search_on_tune(store, trials, facts, placement)
+            search_on_tune(store, trials, facts, placement)
     return watch.seconds
 
 

@@ -85,7 +85,7 @@ class Workload:
         kind = "searched trials" if self.searched else "trials"
         return (
             f"{self.trials} {kind} of {self.tokens_per_trial:,} tokens on {model}; {self.rows} x {self.length} "
-            f"a step{rows}; {self.evals} evaluation{'s' * (self.evals > 1)} of {self.eval_rows} rows"
+            f"a step{rows}; {self.evals} evaluation{'s' * (self.evals > 1)} of {self.eval_rows} row{'s' * (self.eval_rows > 1)}"
         )
 
 
