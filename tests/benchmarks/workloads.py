@@ -82,11 +82,15 @@ class Workload:
     def describe(self) -> str:
         model = f"{self.model}, {self.dtype}" + (f" {self.quantization}" if self.quantization != "none" else "")
         rows = "" if self.packing == "wrapped" else " at most, unpacked"
-        kind = "searched trials" if self.searched else "trials"
         return (
-            f"{self.trials} {kind} of {self.tokens_per_trial:,} tokens on {model}; {self.rows} x {self.length} "
-            f"a step{rows}; {self.evals} evaluation{'s' * (self.evals > 1)} of {self.eval_rows} row{'s' * (self.eval_rows > 1)}"
+            f"{_count(self.trials, 'searched trial' if self.searched else 'trial')} of {self.tokens_per_trial:,} tokens "
+            f"on {model}; {self.rows} x {self.length} a step{rows}; {_count(self.evals, 'evaluation')} of "
+            f"{_count(self.eval_rows, 'row')}"
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 _ALL = ("by hand", "1 process", "2 processes", "dedicated", "shared", "engine")
