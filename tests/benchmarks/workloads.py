@@ -82,8 +82,9 @@ class Workload:
     def describe(self) -> str:
         model = f"{self.model}, {self.dtype}" + (f" {self.quantization}" if self.quantization != "none" else "")
         rows = "" if self.packing == "wrapped" else " at most, unpacked"
+        trials = _count(self.trials, "searched trial" if self.searched else "trial")
         return (
-            f"{_count(self.trials, 'searched trial' if self.searched else 'trial')} of {self.tokens_per_trial:,} tokens "
+            f"{trials} of {self.tokens_per_trial:,} tokens "
             f"on {model}; {self.rows} x {self.length} a step{rows}; {_count(self.evals, 'evaluation')} of "
             f"{_count(self.eval_rows, 'row')}"
         )
