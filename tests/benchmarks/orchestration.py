@@ -44,8 +44,8 @@ WAYS = ("in a process of its own", "by Tune and Ray Train")
 class NoEngine:
     """Takes the calls of an engine's actor and trains nothing."""
 
-    def plan(self, facts: Any) -> tuple[int, str]:
-        return AT_ONCE, "nothing is trained"
+    def plan(self, facts: Any) -> tuple[int, int, str]:
+        return AT_ONCE, 1, "nothing is trained"
 
     def advance(self, config: Any, facts: Any, until_tokens: int) -> Report:
         number = config["number"]

@@ -151,9 +151,9 @@ def test_an_address_where_no_cluster_answers_is_refused(folder):
     assert not (folder / "refused").exists()
 
 
-def test_a_cluster_without_a_dashboard_is_refused(folder):
+def test_a_cluster_without_a_dashboard_is_refused_where_ray_train_needs_it(folder):
     with ray_started("--include-dashboard=false"):
-        code, lines = ended(Command("run", "broken.yaml", "--root", "refused", cwd=folder, RAY_ADDRESS="auto"))
+        code, lines = ended(Command("run", "two-workers.yaml", "--root", "refused", cwd=folder, RAY_ADDRESS="auto"))
     assert code == 3, lines
     assert "no dashboard" in lines[-1]
     assert not (folder / "refused").exists()

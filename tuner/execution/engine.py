@@ -42,8 +42,8 @@ class Engines:
 
     actors: list[Any]
 
-    def plan(self, facts: dict[str, Any]) -> tuple[int, str]:
-        """How many slots each serves best, none where the base cannot be shared; and why."""
+    def plan(self, facts: dict[str, Any]) -> tuple[int, int, str]:
+        """How many slots each serves best, none where the base cannot be shared; on how many lanes; and why."""
         return ray.get(self.actors[0].plan.remote(facts))
 
     def close(self) -> None:
@@ -128,22 +128,28 @@ class EngineActor:
         assert self._base is not None
         base = self._base.result()
         self._events.put(("Measuring the base", 0, 0))
-        return score_base(self._spec, base)
+        if why_not_shared(self._spec) or self._why_not_joint():
+            return score_base(self._spec, base)
+        return self._serving(sweep.as_dict()).score_base()
 
     @ray.method(max_task_retries=0)
-    def plan(self, facts: dict[str, Any]) -> tuple[int, str]:
-        """How many slots, and why; none for a model that the engine cannot compute."""
+    def plan(self, facts: dict[str, Any]) -> tuple[int, int, str]:
+        """How many slots, on how many lanes, and why; none for a model that the engine cannot compute."""
         from tuner.training.baseline import Preparation
-        from tuner.training.dataset import eval_max_length
-        from tuner.training.shared.joint import why_not_joint
         from tuner.training.shared.planner import plan_slots
 
-        assert self._base is not None
-        refusal = why_not_joint(self._base.result(), eval_max_length(self._spec))
+        refusal = self._why_not_joint()
         if refusal:
-            return 0, refusal
+            return 0, 0, refusal
         plan = plan_slots(self._spec, self._serving(facts), Preparation(**facts))
-        return plan.slots, plan.reason
+        return plan.slots, plan.lanes, plan.reason
+
+    def _why_not_joint(self) -> str | None:
+        from tuner.training.dataset import eval_max_length
+        from tuner.training.shared.joint import why_not_joint
+
+        assert self._base is not None
+        return why_not_joint(self._base.result(), eval_max_length(self._spec))
 
     # During the search
 
@@ -198,5 +204,6 @@ class EngineActor:
         with self._making:
             if self._engine is None:
                 sweep = Preparation(**facts)
-                self._engine = Engine(self._spec, self._base.result(), sweep, self._folder.eval_rows)
+                rows = self._folder.eval_rows
+                self._engine = Engine(self._spec, self._base.result(), sweep, rows, sweep.lanes)
             return self._engine

@@ -40,16 +40,17 @@ _STATE_API = "RAY_API_SERVER_ADDRESS"
 
 
 @contextmanager
-def ray_cluster() -> Iterator[list[Mapping[str, float]]]:
+def ray_cluster(dashboard: bool = True) -> Iterator[list[Mapping[str, float]]]:
     """Connect to the cluster of RAY_ADDRESS, or start one for the time of this block. Yields each node's resources.
 
-    Raises MachineError where there is no cluster to connect to, and where Ray would later hang without a word: no
-    dashboard (Ray Train frees the workers of a stopped trial through it), or a second cluster on this host.
+    A `dashboard` is what Ray Train frees the workers of a stopped trial through; it takes a second to start. Raises
+    MachineError where there is no cluster to connect to, and where Ray would later hang without a word: that dashboard
+    is not there, or a second cluster is on this host.
     """
     ours = not ray.is_initialized()
     try:
-        context = _connect() if ours else ray.init(ignore_reinit_error=True)
-        if not context.dashboard_url:
+        context = _connect(dashboard) if ours else ray.init(ignore_reinit_error=True)
+        if dashboard and not context.dashboard_url:
             raise MachineError("the Ray cluster runs no dashboard, which stopped trials need to free their workers")
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
@@ -58,7 +59,7 @@ def ray_cluster() -> Iterator[list[Mapping[str, float]]]:
             os.environ.pop(_STATE_API, None)
 
 
-def _connect() -> Any:
+def _connect(dashboard: bool) -> Any:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     address, running = os.environ.get("RAY_ADDRESS") or "local", clusters_on_this_host()
@@ -67,7 +68,7 @@ def _connect() -> Any:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         os.environ[_STATE_API] = f"http://127.0.0.1:{port}"
-        return ray.init("local", dashboard_port=port, include_dashboard=True, **_QUIET)
+        return ray.init("local", dashboard_port=port, include_dashboard=dashboard, **_QUIET)
     address = running.pop() if address == "auto" else address
     environment = {**_SETTINGS, "RAY_ADDRESS": address}  # what runs already has an environment of its own
     return ray.init(address, runtime_env={"env_vars": environment}, **_QUIET)

@@ -38,6 +38,8 @@ def run_in_places(trials: Trials, places: list[Any], facts: dict[str, Any], ahea
             life = running.pop(call)
             if waits_for := next(life, None):
                 running[waits_for] = life
+    for call in running:
+        ray.cancel(call)  # or Ray would announce that it asks again, when the actor is ended
 
 
 def _life(

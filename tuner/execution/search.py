@@ -24,7 +24,7 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     """
     spec = store.spec
     trials = Trials(store, facts, display)
-    slots, reason = _slots(spec, facts, engines, display)
+    slots, lanes, reason = _slots(spec, facts, engines, display)
     count = len(engines.actors) if slots else 0
     store.set_sharing({"slots": slots, "engines": count, "reason": reason})
     places = (engines.actors * slots)[: spec.resources.max_concurrent_trials]
@@ -34,7 +34,7 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     ahead = milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial)
     with trials.halt:
         if slots:
-            run_in_places(trials, places, facts, ahead)
+            run_in_places(trials, places, {**facts, "lanes": lanes}, ahead)
         engines.close()  # what they hold of the cluster is the dedicated trials' now
         if not slots and placement.workers == 1:
             with start_workers(spec, placement) as workers:
@@ -48,10 +48,10 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
         raise KeyboardInterrupt
 
 
-def _slots(spec: SweepSpec, facts: dict[str, Any], engines: Engines, display: Display) -> tuple[int, str]:
-    """How many slots each engine serves, and why; none where trials cannot share a base."""
+def _slots(spec: SweepSpec, facts: dict[str, Any], engines: Engines, display: Display) -> tuple[int, int, str]:
+    """How many slots each engine serves, on how many lanes, and why; none where trials cannot share a base."""
     reasons = why_not_shared(spec)
     if reasons:
-        return 0, "; ".join(reasons)
+        return 0, 0, "; ".join(reasons)
     display.stage("Finding how many trials the shared base serves best")
     return engines.plan(facts)

@@ -33,7 +33,7 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     Store.refuse_existing(spec)
     display = display or Silent()
     display.stage("Starting Ray")
-    with ray_cluster() as nodes:
+    with ray_cluster(dashboard=spec.resources.workers_per_trial > 1) as nodes:
         placement = place(spec, nodes)
         with start_engines(spec, placement) as engines:  # first, because it imports for seconds
             store = Store.create(spec)
@@ -57,7 +57,7 @@ def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output
             _conclude(store, display)
         return store
     display.stage("Starting Ray")
-    with ray_cluster() as nodes:
+    with ray_cluster(dashboard=store.spec.resources.workers_per_trial > 1) as nodes:
         placement = place(store.spec, nodes)
         prepared = _known_facts(store) is not None
         with start_engines(store.spec, placement, prepared) as engines, _driving(store, log_output):

@@ -34,6 +34,8 @@ class Preparation:
     """`Prepared.summary`."""
     baseline: dict[str, float]
     """`eval_loss` and `mean_token_accuracy` of the base before any training."""
+    lanes: int = 1
+    """How many lanes an engine divides its threads among; found after all the others."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
