@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
+from ruamel.yaml import YAML
 from typer.main import get_command
 
 from tuner.cli.commands import app
@@ -27,7 +27,7 @@ TUNER = get_command(app).commands  # type: ignore[attr-defined]
 
 
 def load(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / name).read_text())
+    return YAML(typ="safe").load(FOLDER / name)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -42,7 +42,7 @@ def lines_to_type(file: Path) -> list[str]:
     text = re.sub(r"\\\n#?\s*", "", file.read_text())
     lines = re.findall(r"^#   +(\S.*?)(?:   +\(.*)?$", text, re.MULTILINE)
     if file.suffix == ".yaml":
-        lines += strings(yaml.safe_load(text))
+        lines += strings(YAML(typ="safe").load(text))
     if file.suffix == ".sh":
         lines += [line for line in text.splitlines() if not line.startswith("#")]
     return lines + re.findall(r"`(.+?)`", text)
