@@ -418,6 +418,19 @@ def test_the_head_in_tiles_is_the_head_at_once(tokens, vocabulary, features, mon
     assert torch.equal(correct, (hidden @ weight.t()).argmax(-1) == targets)
 
 
+def test_of_equally_likely_tokens_the_first_is_right(monkeypatch):
+    """As in TRL's head, by which dedicated trials and promoted models are scored; in bfloat16 ties are not rare."""
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 2**10)
+    torch.manual_seed(0)
+    hidden = torch.randint(-1, 2, (500, 3)).float()
+    weight, targets = torch.randint(-1, 2, (40, 3)).float(), torch.randint(0, 40, (500,))
+    logits = hidden @ weight.t()
+    first = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+    _, correct = head.nll_and_correct(hidden, weight, targets)
+    assert torch.equal(correct, first == targets)
+    assert 0 < correct.sum() < (logits.gather(1, targets[:, None])[:, 0] == logits.amax(-1)).sum()
+
+
 @pytest.mark.parametrize(
     ("changes", "longest", "reason"),
     [

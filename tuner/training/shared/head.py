@@ -36,7 +36,7 @@ class WeightedNLL(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         for rows in _slices(len(targets), TOKENS):
             expected = torch.zeros(hidden[rows].shape, dtype=torch.float32, device=hidden.device)
-            of_target, largest, total = _through_vocabulary(hidden[rows], weight, targets[rows], expected)
+            of_target, largest, total, _ = _through_vocabulary(hidden[rows], weight, targets[rows], expected)
             nll[rows] = total.log() + largest - of_target
             grad[rows] = (expected / total[:, None] - weight[targets[rows]]) * weights[rows, None]
         ctx.save_for_backward(grad)
@@ -53,38 +53,41 @@ class WeightedNLL(torch.autograd.Function):
 def nll_and_correct(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood (float32) of each target, and whether no token was more likely."""
+    """Negative log-likelihood (float32) of each target, and whether it is the first of the likeliest tokens."""
     nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for rows in _slices(len(targets), TOKENS):
-        of_target, largest, total = _through_vocabulary(hidden[rows], weight, targets[rows])
+        of_target, largest, total, earlier = _through_vocabulary(hidden[rows], weight, targets[rows])
         nll[rows] = total.log() + largest - of_target
-        correct[rows] = of_target == largest
+        correct[rows] = (of_target == largest) & (of_target > earlier)  # bfloat16 has ties
     return nll, correct
 
 
 def _through_vocabulary(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each token: its target's logit, the largest logit, and the sum of exp(logit - largest).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token: its target's logit, the largest, the sum of exp(logit - largest), the largest before the target's.
 
     `expected` (tokens, features), zeros, becomes the sum of the head's rows, each times its exp(logit - largest).
     """
     of_target = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     largest, total = torch.full_like(of_target, -torch.inf), torch.zeros_like(of_target)
+    earlier = largest.clone()
     for tile in _slices(len(weight), max(1, TILE_BYTES[hidden.device.type] // (4 * len(targets)))):
         part = weight[tile]
         logits = (hidden @ part.t()).float()
-        place = targets - tile.start
-        here = (place >= 0) & (place < len(part))
-        of_target = torch.where(here, logits.gather(1, place.clamp(0, len(part) - 1)[:, None])[:, 0], of_target)
+        here = ((targets >= tile.start) & (targets < tile.stop)).nonzero()[:, 0]
+        place = (targets[here] - tile.start)[:, None]
+        of_target[here] = logits[here].gather(1, place)[:, 0]
+        later = torch.arange(len(part), device=place.device) >= place
+        earlier[here] = torch.maximum(largest[here], logits[here].masked_fill(later, -torch.inf).amax(-1))
         before, largest = largest, torch.maximum(largest, logits.amax(-1))
         shrink = (before - largest).exp_()
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = total * shrink + exponentials.sum(-1)
         if expected is not None:
             expected.mul_(shrink[:, None]).add_(exponentials.to(weight.dtype) @ part)
-    return of_target, largest, total
+    return of_target, largest, total, earlier
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
