@@ -374,9 +374,9 @@ def test_documents_of_similar_length_are_padded_together():
 
 def test_the_planner_measures_and_says_why(sweep, engine):
     plan = plan_slots(sweep.spec, engine, sweep.facts)
-    assert 1 <= plan.slots <= sweep.spec.budget.trials
+    assert 1 <= plan.slots <= 2  # of four trials
     assert len(engine.lanes) == plan.lanes <= plan.slots
-    assert "4 trials" in plan.reason
+    assert "a search of 4 trials has use for 2" in plan.reason
     assert f"{plan.lanes} x {engine.threads // plan.lanes} threads" in plan.reason
 
 
@@ -385,6 +385,23 @@ def test_the_planner_says_when_another_dtype_would_be_faster(faster, dtype, tiny
     monkeypatch.setattr(planner, "_products_per_second", lambda asked, device: 3.0 if asked == faster else 1.0)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=getattr(torch, dtype))
     assert planner.dtype_advice(base).endswith(f"model.dtype {str(faster).removeprefix('torch.')} would be faster")
+
+
+@pytest.mark.parametrize(
+    ("search", "stopping", "most"),
+    [
+        ({}, {}, 4),
+        ({"sampler": "random"}, {}, 4),
+        ({"sampler": "random"}, {"type": "none"}, 12),
+        ({}, {"type": "none"}, 4),
+        ({"enqueue": [{"train.max_length": 32}] * 12}, {"type": "none"}, 12),
+    ],
+    ids=str,
+)
+def test_a_search_that_learns_does_not_start_all_its_trials_at_once(search, stopping, most, tiny_model_dir, tmp_path):
+    budget = {"trials": 12, "tokens_per_trial": TOKENS, "evals_per_trial": EVALS}
+    spec = spec_for(tiny_model_dir, tmp_path, budget=budget, search=search, stopping=stopping)
+    assert planner.most_to_learn_from(spec) == most
 
 
 def test_the_planner_takes_the_number_that_is_asked_for(sweep, engine):

@@ -6,6 +6,7 @@ sharing saves; slots are added until what is left of it is small beside the rest
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,7 +30,6 @@ MOST_SLOTS = 32
 PROBE_TOKENS = 64
 """Most tokens of a slot when measuring; a step's own cost grows with its tokens, the fixed part does not."""
 PROBE_SLOTS = 3
-REPEATS = 2
 DTYPE_MATTERS = 1.5
 """Advise another dtype when it multiplies so many times as fast."""
 MEMORY_SHARE = 0.8
@@ -51,13 +51,13 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
     rank, tokens = largest_rank(spec), typical_step(spec, sweep)
     needed = memory_per_slot(engine.base, engine.lanes[0].joint.stack(rank).width, tokens)
     fitting = max(1, int(MEMORY_SHARE * _free_memory() / needed))
-    asked = spec.resources.share_base
+    asked, most = spec.resources.share_base, most_to_learn_from(spec)
     plans: list[tuple[float, Plan]] = []
     for lanes in (1, 2) if engine.base.device.type == "cpu" and engine.threads > 1 else (1,):
         engine.use_lanes(lanes)
         fixed, each = _step_seconds(engine.lanes, rank, tokens)
         paying = lanes * max(1, round(fixed / (WORTH_IT * each)))
-        slots = asked if isinstance(asked, int) else min(paying, fitting, MOST_SLOTS, spec.budget.trials)
+        slots = asked if isinstance(asked, int) else min(paying, fitting, MOST_SLOTS, most)
         reason = (
             f"{lanes} x {engine.threads // lanes} threads: a step takes {1000 * fixed:.0f} ms and "
             f"{1000 * each:.0f} ms for each slot of {tokens} tokens, so {paying} slots pay"
@@ -68,9 +68,20 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
     engine.use_lanes(best[1].lanes)
     said = [f"{plan.reason}, {speed:.0f} tokens/s" for speed, plan in plans]
     said.append(f"{fitting} of about {needed / 2**20:.0f} MiB fit")
-    said.append(f"resources.share_base is {asked}" if isinstance(asked, int) else f"{spec.budget.trials} trials")
+    said.append(
+        f"resources.share_base is {asked}"
+        if isinstance(asked, int)
+        else f"a search of {spec.budget.trials} trials has use for {most}"
+    )
     said.append(engine.lanes[0].between_turns(lambda: dtype_advice(engine.base)))
     return replace(best[1], reason="; ".join(said))
+
+
+def most_to_learn_from(spec: SweepSpec) -> int:
+    """Trials at once that leave the search something to learn: a third of a search that learns from its trials."""
+    proposes = spec.search.sampler not in ("random", "grid", "qmc") and len(spec.search.enqueue) < spec.budget.trials
+    learns = proposes or spec.stopping.type != "none"
+    return math.ceil(spec.budget.trials / 3) if learns else spec.budget.trials
 
 
 def typical_step(spec: SweepSpec, sweep: Preparation) -> int:
@@ -139,9 +150,8 @@ def _step_seconds(lanes: list[Lane], rank: int, tokens: int) -> tuple[float, flo
             times = pool.map(lambda lane: lane.between_turns(lambda: _seconds(lane.joint, rank, probe, slots)), lanes)
             return max(times)
 
-        seconds(PROBE_SLOTS)  # warms up
-        one = min(seconds(1) for _ in range(REPEATS))
-        some = min(seconds(PROBE_SLOTS) for _ in range(REPEATS))
+        seconds(1)  # warms up
+        one, some = seconds(1), seconds(PROBE_SLOTS)
     each = max((some - one) / (PROBE_SLOTS - 1), 1e-6)
     return max(one - each, 0.0), each * tokens / probe
 
