@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.workloads import Workload
+from tuner.spec.reference import put_between
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = ("by hand", "1 process", "2 processes")
@@ -176,11 +177,7 @@ BEGIN, END = "<!-- measured by `make bench`, put here by `make readme` -->\n", "
 
 def with_table(page: str) -> str:
     """Return a page with the table of the committed results between its markers."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no place for the table: the page lacks {BEGIN.strip()!r} or {END!r}")
-    return f"{head}{BEGIN}\n```text\n{table(read_results())}```\n\n{END}{tail}"
+    return put_between(page, BEGIN, END, f"\n```text\n{table(read_results())}```\n\n")
 
 
 if __name__ == "__main__":

@@ -136,11 +136,16 @@ BEGIN, END = "<!-- made by `make readme` -->\n", "<!-- end of what `make readme`
 
 def with_reference(page: str) -> str:
     """Return a page with the present reference between its markers."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no place for the reference: the page lacks {BEGIN.strip()!r} or {END!r}")
-    return f"{head}{BEGIN}\n{spec_reference()}\n{END}{tail}"
+    return put_between(page, BEGIN, END, f"\n{spec_reference()}\n")
+
+
+def put_between(page: str, begin: str, end: str, content: str) -> str:
+    """Return a page with this content between two markers. Raises ValueError where they are not."""
+    head, found, rest = page.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no place for it: the page lacks {begin.strip()!r} or {end!r}")
+    return f"{head}{begin}{content}{end}{tail}"
 
 
 if __name__ == "__main__":
