@@ -55,6 +55,7 @@ app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
+TrialNumber = Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")]
 RootOption = Annotated[
     Path | None, typer.Option("--root", metavar="DIR", help="Folder of all sweeps (or set TUNER_ROOT). [runs]")
 ]
@@ -197,7 +198,7 @@ def results(
 @app.command()
 def show(
     name: SweepName,
-    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")] = None,
+    trial: TrialNumber = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -222,7 +223,7 @@ def show(
 @app.command()
 def verify(
     name: SweepName,
-    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")] = None,
+    trial: TrialNumber = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -275,7 +276,7 @@ def cancel(name: SweepName, root: RootOption = None) -> None:
 @app.command()
 def promote(
     name: SweepName,
-    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")] = None,
+    trial: TrialNumber = None,
     alias: Annotated[str | None, typer.Option(help="Name the model gets. [the spec's]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Promote even if the gate says no, and record that.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it there, too.")] = None,
