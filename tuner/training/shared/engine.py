@@ -82,9 +82,11 @@ class Engine:
         if tenancy is None:
             return
         tenancy.wanted = False
+        building = self._work[number][0]
+        building.result()
+        tenancy.lane.between_turns(tenancy.leave)  # no turn has it any more, and none will save it again
         for work in self._work.pop(number):
             work.result()
-        tenancy.lane.between_turns(tenancy.leave)
         self._folder.trial_state(number).unlink(missing_ok=True)
 
     def score_base(self) -> Score:
