@@ -84,11 +84,11 @@ def measure(tiny_model_dir: Path, eval_rows: Path) -> Callable[..., dict[str, fl
     return scores
 
 
-def make_spec(model: Path, root: Path, **promotion: Any) -> SweepSpec:
+def make_spec(model: Path, root: Path, dtype: str = "float32", **promotion: Any) -> SweepSpec:
     return SweepSpec.model_validate(
         {
             "name": "tiny",
-            "model": {"name": str(model), "dtype": "float32"},
+            "model": {"name": str(model), "dtype": dtype},
             "data": {"path": "/data/questions.jsonl"},
             "train": {"per_device_eval_batch_size": 4, "hub_token": "hf_secret"},
             "space": {"train.learning_rate": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}},

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import load_from_disk
 from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from tests.promotion.conftest import Trial, make_report, make_spec, make_trial, sweep_folder
 from tuner.errors import PromotionRefused, TunerError
@@ -24,6 +28,7 @@ from tuner.promotion.registry import current, history, rollback, versions
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
+from tuner.training.evaluation import score
 
 BASELINE = {"eval_loss": 50.0, "mean_token_accuracy": 0.0}
 Measure = Callable[..., dict[str, float]]
@@ -38,7 +43,7 @@ class Stage:
     eval_rows: Path
 
     def promote(self, report: Report, trial: Trial | None = None, **arguments: Any) -> Promotion:
-        spec = self.spec()
+        spec = arguments.pop("spec", None) or self.spec()
         defaults = {
             "baseline": BASELINE,
             "eval_rows": self.eval_rows,
@@ -214,6 +219,21 @@ def test_a_merge_that_got_worse_is_refused_and_the_alias_stays_unless_forced_on_
     assert "Promoted by force" in (promotion.path / "README.md").read_text()
     rollback(Root(stage.root), "production")
     assert stage.current() == "v1"
+
+
+def test_where_rounding_to_bfloat16_costs_too_much_the_model_is_merged_in_float32(stage, make_adapter):
+    """The trial's score is that of the unrounded sum, so that rounding is all that can be lost."""
+    adapter = make_adapter(seed=6, size=0.005)  # rounded, it scores worse; others happen to gain
+    base = AutoModelForCausalLM.from_pretrained(stage.model, dtype=torch.bfloat16).float()
+    exact = score(PeftModel.from_pretrained(base, adapter), load_from_disk(str(stage.eval_rows))).as_dict()
+    report = make_report(adapter, **_metrics(exact))
+    for allowed, dtype in ((0.01, "bfloat16"), (1e-6, "float32")):
+        spec = make_spec(stage.model, stage.root, dtype="bfloat16", max_regression=allowed)
+        promotion = stage.promote(report, make_trial(spec, {}), spec=spec, alias=dtype)
+        assert json.loads((promotion.path / "manifest.json").read_text())["dtype"] == dtype
+        loaded = AutoModelForCausalLM.from_pretrained(promotion.path, dtype="auto")
+        assert {weight.dtype for weight in loaded.parameters()} == {getattr(torch, dtype)}
+        assert (promotion.score_after == pytest.approx(exact["eval_loss"], rel=1e-6)) is (dtype == "float32")
 
 
 def test_a_trial_no_better_than_what_is_promoted_is_refused(stage, good):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import PromotionRefused, TunerError
+from tuner.promotion.gate import Goal
 
 Progress = Callable[[str], None]
 """Called with a line at the start of every step."""
@@ -38,6 +39,12 @@ class MergeJob:
     merge_into: str
     """For quantised bases, `dequantized` or `original`."""
     eval_batch_size: int
+    metric: str
+    goal: Goal
+    trial_score: float
+    """What the merged model's `metric` is held against."""
+    max_regression: float
+    """Where it is worse by a larger share than this, the model is merged and saved in float32 instead."""
     incumbent: str | None
     """Folder of the promoted model, where it has to be measured on this evaluation set."""
     samples: int

@@ -30,8 +30,7 @@ def decide(
     reasons = [f"{metric} of the {who} is {value}" for who, value in figures.items() if not math.isfinite(value)]
     if reasons:
         return reasons
-    lost = merged_score - trial_score if goal == "minimize" else trial_score - merged_score
-    if lost > max_regression * abs(trial_score):
+    if lost_by_merging(merged_score, trial_score, goal) > max_regression:
         reasons.append(
             f"the merge made it worse: {metric} {merged_score:.4f} after, {trial_score:.4f} in the trial, "
             f"more than {max_regression:.2%} apart"
@@ -43,6 +42,12 @@ def decide(
             f"not better than what is promoted now: {metric} {merged_score:.4f} against {incumbent_score:.4f}"
         )
     return reasons
+
+
+def lost_by_merging(merged_score: float, trial_score: float, goal: Goal) -> float:
+    """How much worse the merged model scores than its trial, as a share of the trial's score; below 0: it is better."""
+    lost = merged_score - trial_score if goal == "minimize" else trial_score - merged_score
+    return lost / abs(trial_score) if trial_score else math.inf if lost > 0 else 0.0
 
 
 def _better(score: float, other: float, goal: Goal) -> bool:

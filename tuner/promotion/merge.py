@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tuner.errors import PromotionRefused, TunerError
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
+from tuner.promotion.gate import lost_by_merging
 from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.training.evaluation import score
 from tuner.training.model import _source, describe, load_model, load_tokenizer
@@ -55,24 +56,30 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
 
     Returns:
         `checkpoint` (facts of the check), `base` (what identifies it), `chat` (whether there is a chat template),
-        `merged` and `incumbent` (scores; None where not asked for), `reasons` (why the incumbent could not be
-        measured), `samples` (prompt, before, after).
+        `dtype` (of the saved weights), `merged` and `incumbent` (scores; None where not asked for), `reasons` (why the
+        incumbent could not be measured), `samples` (prompt, before, after).
     """
     output = Path(job.output)
     facts, base = _check(job, progress)
-    model, tokenizer = _build(job, progress)
-    _end_where_trained(model, tokenizer)
-    progress("saving")
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    del model
-    gc.collect()
-
+    tokenizer = load_tokenizer(job.config["model"], Path(job.cache))
+    configure_tokenizer(tokenizer, job.config["train"])
     rows = load_from_disk(job.eval_rows)
     prompts = pick_prompts(rows, job.samples)
-    progress("measuring the merged model")
-    merged = load_saved(output, job.config["model"])
-    scored = score(merged, rows, job.eval_batch_size).as_dict()
+    for dtype in _dtypes(job.config):
+        model = _build(job, getattr(torch, dtype), progress)
+        _end_where_trained(model, tokenizer)
+        progress(f"saving in {dtype}")
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        del model
+        gc.collect()
+        progress("measuring the merged model")
+        merged = load_saved(output, job.config["model"])
+        scored = score(merged, rows, job.eval_batch_size).as_dict()
+        lost = lost_by_merging(scored[job.metric], job.trial_score, job.goal)
+        if lost <= job.max_regression:
+            break
+        progress(f"merged in {dtype}, {job.metric} is {lost:.2%} worse than the trial's")
     after = generate(merged, tokenizer, prompts)
     del merged
     gc.collect()
@@ -84,6 +91,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
         "checkpoint": facts,
         "base": base,
         "chat": tokenizer.chat_template is not None,
+        "dtype": dtype,
         "merged": scored,
         "incumbent": incumbent,
         "reasons": reasons,
@@ -92,6 +100,12 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
             for prompt, old, new in zip(prompts, before, after, strict=True)
         ],
     }
+
+
+def _dtypes(config: dict[str, Any]) -> list[str]:
+    """The types to save in, until one loses little: a low alpha is rounded away in 16 bits, never in 32."""
+    asked = config["model"]["dtype"]
+    return [asked] if config["lora"] is None or asked == "float32" else [asked, "float32"]
 
 
 def merge(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -155,23 +169,19 @@ def _check(job: MergeJob, progress: Progress) -> tuple[dict[str, Any], dict[str,
     return facts, {**identity, "name": model["name"], "revision": model["revision"]}
 
 
-def _build(job: MergeJob, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to promote, in memory, in the spec's dtype and never quantised, and its tokenizer."""
-    model, cache = job.config["model"], Path(job.cache)
-    dtype = getattr(torch, model["dtype"])
-    tokenizer = load_tokenizer(model, cache)
-    configure_tokenizer(tokenizer, job.config["train"])
+def _build(job: MergeJob, dtype: torch.dtype, progress: Progress) -> PreTrainedModel:
+    """The model to promote, in memory, never quantised; merged into the very weights that the trial trained on."""
+    model = job.config["model"]
     if job.config["lora"] is None:
         progress("loading the trained model")
-        return load_saved(Path(job.checkpoint), model).to(dtype), tokenizer
+        return cast(Any, load_saved(Path(job.checkpoint), model)).to(dtype)
     progress("loading the base")
     if job.merge_into == "original":
         model = {**model, "quantization": "none"}
-    base = load_model(model, cache, device=device())
-    if model["quantization"] != "none":
-        base = base.dequantize(dtype)
+    base: Any = load_model(model, Path(job.cache), device=device())
+    base = base.to(dtype) if model["quantization"] == "none" else base.dequantize(dtype)
     progress("merging")
-    return merge(base, Path(job.checkpoint), dtype), tokenizer
+    return merge(base, Path(job.checkpoint), dtype)
 
 
 def _end_where_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

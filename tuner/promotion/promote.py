@@ -115,6 +115,10 @@ def promote(
             cache=str(root.cache),
             merge_into=settings.merge_into,
             eval_batch_size=record.config["train"].get("per_device_eval_batch_size", 8),
+            metric=spec.objective.metric,
+            goal=spec.objective.goal,
+            trial_score=trial_figures[spec.objective.metric],
+            max_regression=settings.max_regression,
             incumbent=str(before.path) if before is not None and known is None else None,
             samples=SAMPLES,
             parent=os.getpid(),
@@ -129,7 +133,7 @@ def promote(
         reasons = _reasons(spec, settings, scores, outcome["reasons"], force)
         manifest = {
             **_origin(spec, record, report),
-            **{key: outcome[key] for key in ("base", "chat", "checkpoint")},
+            **{key: outcome[key] for key in ("base", "chat", "dtype", "checkpoint")},
             "alias": alias,
             "version": next_version(root, alias).name,
             "previous": before.name if before is not None else None,
