@@ -25,7 +25,7 @@ from tuner.training.baseline import Preparation, prepare_rows, prepare_sweep
 from tuner.training.model import load_model
 from tuner.training.shared import head, planner
 from tuner.training.shared.engine import Engine
-from tuner.training.shared.joint import Layout, MicroBatch, why_not_joint
+from tuner.training.shared.joint import JointModel, Layout, MicroBatch, why_not_joint
 from tuner.training.shared.planner import memory_per_slot, plan_slots, typical_step
 from tuner.training.trial import run_trial
 
@@ -411,8 +411,21 @@ def test_the_planner_takes_the_number_that_is_asked_for(sweep, engine):
     assert "resources.share_base is 3" in plan.reason
 
 
+def test_the_memory_of_a_slot_is_seen_in_a_probe(tiny_model_dir):
+    """Ranks 16 and 8 differ by their adapters alone; per token, backward needs some vectors of every layer."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    joint, config = JointModel(base), base.config
+    rank_8, rank_16 = (memory_per_slot(base, joint, rank, 64) for rank in (8, 16))
+    assert rank_16 - rank_8 == pytest.approx(joint.stack(8).width * 5 * 4, rel=0.3)
+    activations = memory_per_slot(base, joint, 8, 128) - rank_8
+    vectors = 12 * config.hidden_size + 4 * config.intermediate_size
+    assert activations == pytest.approx(64 * config.num_hidden_layers * vectors * 4, rel=0.5)
+    sparing = JointModel(base, activation_checkpointing=True)
+    assert memory_per_slot(base, sparing, 8, 128) - memory_per_slot(base, sparing, 8, 64) < activations / 2
+
+
 def test_where_memory_is_short_there_are_fewer_slots(sweep, engine, monkeypatch):
-    needed = memory_per_slot(engine.base, engine.lanes[0].joint.stack(8).width, typical_step(sweep.spec, sweep.facts))
+    needed = memory_per_slot(engine.base, engine.lanes[0].joint, 8, typical_step(sweep.spec, sweep.facts))
     monkeypatch.setattr(planner, "_free_memory", lambda: int(1.5 * needed))
     assert plan_slots(sweep.spec, engine, sweep.facts).slots == 1
 

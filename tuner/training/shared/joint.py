@@ -77,7 +77,7 @@ class JointModel:
         for number, (name, module) in enumerate(self._linears.items(), start=1):  # 0 is the noise's
             self._model.set_submodule(name, JointLinear(module, name, number, self._runs))
         if activation_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
         self._batches: list[MicroBatch] = []
         self._layout = Layout([1], self._device)
         self._model.get_input_embeddings().register_forward_hook(self._add_noise)

@@ -21,6 +21,8 @@ from tuner.training.shared.joint import Document, JointModel, MicroBatch
 from tuner.training.shared.lora import Adapter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tuner.training.shared.engine import Engine
     from tuner.training.shared.lane import Lane
 
@@ -49,7 +51,8 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
     `resources.share_base` may fix the number of slots. No trial may be attached yet.
     """
     rank, tokens = largest_rank(spec), typical_step(spec, sweep)
-    needed = memory_per_slot(engine.base, engine.lanes[0].joint.stack(rank).width, tokens)
+    lane = engine.lanes[0]
+    needed = lane.between_turns(lambda: memory_per_slot(engine.base, lane.joint, rank, tokens))
     fitting = max(1, int(MEMORY_SHARE * _free_memory() / needed))
     asked, most = spec.resources.share_base, most_to_learn_from(spec)
     plans: list[tuple[float, Plan]] = []
@@ -99,19 +102,23 @@ def largest_rank(spec: SweepSpec) -> int:
     return int(max(ranks))
 
 
-def memory_per_slot(base: Any, adapter_width: int, tokens: int) -> int:
-    """An estimate, in bytes: the adapter with its optimizer, and the activations of one micro-batch.
+def memory_per_slot(base: PreTrainedModel, joint: JointModel, rank: int, tokens: int) -> int:
+    """In bytes: the adapter with its optimizer, and what one micro-batch keeps for backward, seen in a probe of it."""
+    probe = min(tokens, PROBE_TOKENS)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in base.parameters()}
+    kept: dict[int, int] = {}
 
-    Per token and layer, backward needs the inputs of the linear layers and norms, what goes into and comes out of the
-    attention, and the gate: about 12 vectors of the hidden size and 4 of the intermediate size.
-    """
-    config = base.config.get_text_config()
-    vectors = 12 * config.hidden_size + 4 * config.intermediate_size
-    activations = tokens * config.num_hidden_layers * vectors * base.dtype.itemsize
-    copies = (
-        4 * torch.float32.itemsize + base.dtype.itemsize
-    )  # weights, gradients, two moments; weights to compute with
-    return adapter_width * copies + activations
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _seconds(joint, rank, probe, slots=1)
+    # Of every parameter of the adapter: its value, gradient and two moments, and the value to compute with.
+    adapter = joint.stack(rank).width * (4 * torch.float32.itemsize + base.dtype.itemsize)
+    return adapter + sum(kept.values()) * tokens // probe
 
 
 def dtype_advice(base: Any) -> str:
