@@ -8,15 +8,16 @@ from made_by_hand import BUDGET, NAN, make_report
 from tuner.results.ranking import best_report, best_trial, leaderboard
 from tuner.results.record import TrialRecord
 from tuner.spec.sweep import ObjectiveSpec
+from tuner.spec.trial import NO_IMPROVEMENT
 
 LOSS = ObjectiveSpec()
 ACCURACY = ObjectiveSpec(metric="mean_token_accuracy", goal="maximize")
 
 
-def trial(number, losses, outcome="COMPLETED", objective=LOSS, accuracies=None):
+def trial(number, losses, outcome="COMPLETED", objective=LOSS, accuracies=None, cause=None):
     values = zip(losses, accuracies or [0.5] * len(losses), strict=True)
     reports = tuple(make_report(BUDGET * (k + 1) // 4, loss, accuracy) for k, (loss, accuracy) in enumerate(values))
-    return TrialRecord(number, outcome, {}, {}, reports, best_report(reports, objective))
+    return TrialRecord(number, outcome, {}, {}, reports, best_report(reports, objective), cause)
 
 
 FULL = [2.9, 2.8, 2.7, 2.6]
@@ -34,6 +35,10 @@ CASES = {
     "not one that still runs": ([trial(0, [1.0], "RUNNING"), trial(1, FULL)], (1, 1000)),
     "nobody, when none completed": ([trial(0, [1.0], "STOPPED"), trial(1, [2.0], "RUNNING")], None),
     "not one short of the budget": ([trial(0, [1.0, 1.0]), trial(1, FULL)], (1, 1000)),
+    "one whose patience was over: it left budget unused": (
+        [trial(0, [2.9, 2.4, 2.5], cause=NO_IMPROVEMENT), trial(1, FULL)],
+        (0, 500),
+    ),
     "the lower number of equals": ([trial(1, FULL), trial(0, FULL)], (0, 1000)),
     "the earlier report of equals": ([trial(0, [2.9, 2.5, 2.5, 2.6])], (0, 500)),
     "nobody in an empty sweep": ([], None),

@@ -104,6 +104,52 @@ def test_nothing_is_stopped_during_its_grace(tmp_path):
     assert {max(t.intermediate_values) for t in study.trials if t.state == TrialState.PRUNED} == {300}
 
 
+@pytest.mark.parametrize(
+    ("objective", "min_delta", "ends_at"),
+    [
+        ({}, 0, 500),  # the best at 300, nothing better at 400 and 500
+        ({}, 0.15, 500),  # 0.1 a time is too little, but 0.2 in two steps is not
+        ({}, 0.3, 300),  # 0.2 by then
+        ({"metric": "mean_token_accuracy", "goal": "maximize"}, 0, 500),
+    ],
+    ids=str,
+)
+def test_a_trial_that_improves_no_more_completes_early_with_its_best(objective, min_delta, ends_at, tmp_path):
+    losses = [2.5, 2.4, 2.3, 2.35, 2.3, 2.0, 2.0, 2.0, 2.0]
+    stopping = {"type": "none", "patience": 2, "min_delta": min_delta}
+    spec = spec_with(tmp_path, trials=1, objective=objective, stopping=stopping)
+    study = study_for(spec)
+    search = Search(spec, study, BUDGET)
+    number = search.ask()["number"]
+    for tokens, loss in zip(milestones(BUDGET, 9), losses, strict=True):
+        if search.report(number, report(tokens, loss, 3 - loss)):
+            break
+    ending = search.ending(number)
+    assert (ending.outcome, ending.cause) == ("COMPLETED", "no improvement")
+    metric = spec.objective.metric
+    assert ending.reason == f"no better {metric} in 2 evaluations, at {ends_at} tokens"
+    search.tell(number, ending)
+    assert study.best_value == pytest.approx(2.3 if metric == "eval_loss" else 0.7)
+
+
+def test_patience_goes_on_where_the_trial_was_cut_off(tmp_path):
+    """What it reported before counts, and once: the last report comes again."""
+    spec = spec_with(tmp_path, trials=1, stopping={"type": "none", "patience": 3})
+    study = study_for(spec)
+    before = [report(100, 2.0), report(200, 2.1)]
+    first = Search(spec, study, BUDGET)
+    number = first.ask()["number"]
+    assert not any(first.report(number, one) for one in before)
+    second = Search(spec, study, BUDGET)
+    second.ask()
+    second.recall(number, before)
+    assert [second.report(number, one) for one in (before[-1], report(300, 2.1), report(400, 2.1))] == [
+        False,
+        False,
+        True,
+    ]
+
+
 @pytest.mark.parametrize("rule", ["hyperband", "median"])
 def test_other_rules_stop_bad_trials_too(rule, tmp_path):
     spec = spec_with(tmp_path, trials=16, stopping={"type": rule, "grace_evals": 1, "reduction_factor": 3})

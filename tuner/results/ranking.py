@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tuner.results.record import TrialRecord
 from tuner.spec.sweep import ObjectiveSpec
-from tuner.spec.trial import Report
+from tuner.spec.trial import NO_IMPROVEMENT, Report
 
 _GROUPS = {"COMPLETED": 0, "STOPPED": 1, "RUNNING": 2, "INFEASIBLE": 3, "FAILED": 4}
 
@@ -31,15 +31,17 @@ def best_trial(
 ) -> tuple[TrialRecord, Report] | None:
     """The winner and the report (with its adapter) that it wins by, or None when nobody may win.
 
-    Only trials of equal budget are compared: those that completed, which reached `tokens_per_trial`. One that was
-    stopped, failed after a good report, or has no finite report never wins. Of equals the lower number wins.
+    Only trials of equal budget are compared: those that completed, which reached `tokens_per_trial` or were over by
+    their own patience. These had the same budget and left some of it: more evaluations could only have made their best
+    one better. A trial that others stopped, that failed after a good report, or has no finite report never wins. Of
+    equals the lower number wins.
     """
     candidates = [
         (record, report)
         for record in records
         if record.outcome == "COMPLETED"
         and (report := best_report(record.reports, objective)) is not None
-        and record.reached >= (tokens_per_trial or 0)
+        and (record.cause == NO_IMPROVEMENT or record.reached >= (tokens_per_trial or 0))
     ]
     return min(candidates, key=lambda pair: (cost(pair[1], objective), pair[0].number), default=None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import optuna
@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from tuner.search.samplers import make_pruner, make_sampler, suggest
 from tuner.spec.space import in_order, is_active, resolve
-from tuner.spec.trial import Ending, Report, TrialConfig, milestones
+from tuner.spec.trial import NO_IMPROVEMENT, Ending, Report, TrialConfig, milestones
 
 if TYPE_CHECKING:
     from tuner.spec.sweep import SweepSpec
@@ -29,8 +29,9 @@ class Search:
     """Proposes trials, decides which go on, and records in Optuna what became of each.
 
     Optuna sees every evaluation as an intermediate value at its token count; a trial is COMPLETE only after its full
-    budget, with its best value; stopped ones are PRUNED; infeasible ones are PRUNED and violate a constraint, so that
-    samplers learn to keep away; only failures, which say nothing about the point, are FAIL.
+    budget, or when its own patience is over, with its best value; stopped ones are PRUNED; infeasible ones are PRUNED
+    and violate a constraint, so that samplers learn to keep away; only failures, which say nothing about the point, are
+    FAIL.
 
     Trials that an earlier run left unfinished are proposed again first, under their own numbers.
     """
@@ -46,7 +47,8 @@ class Search:
         self._unfinished = [optuna.Trial(study, trial._trial_id) for trial in running]
         self._passed = {trial.number: trial.last_step or 0 for trial in running}
         self._trials: dict[int, optuna.Trial] = {}
-        self._best: dict[int, float] = {}
+        self._values: dict[int, dict[int, float]] = {}
+        """Of each trial, the objective at each token count it was evaluated at; one may come twice."""
         self._endings: dict[int, Ending] = {}
         if not trials:
             for point in spec.search.enqueue:
@@ -76,12 +78,18 @@ class Search:
             reason = f"eval_loss is {report.eval_loss} after {report.trained_tokens} tokens"
             self._endings[number] = Ending("INFEASIBLE", "diverged", reason)
             return True
-        self._best[number] = self._better(value, self._best.get(number, math.nan))
+        values = self._values.setdefault(number, {})
+        values[report.tokens] = value
         if report.tokens >= self._budget:
             self._endings[number] = Ending("COMPLETED")
             return False
         if report.tokens < self._passed.get(number, 0):
             return False  # a rerun, catching up with what it had already been allowed to pass
+        patience = self._spec.stopping.patience
+        if patience and self._since_improvement(values.values()) >= patience:
+            reason = f"no better {self._spec.objective.metric} in {patience} evaluations, at {report.tokens} tokens"
+            self._endings[number] = Ending("COMPLETED", NO_IMPROVEMENT, reason)
+            return True
         if trial.should_prune():
             reason = f"{self._spec.stopping.type} at {report.tokens} tokens"
             self._endings[number] = Ending("STOPPED", "early stopping", reason)
@@ -91,8 +99,7 @@ class Search:
     def recall(self, number: int, reports: Sequence[Report]) -> None:
         """Of a trial that goes on where an earlier run was cut off, take the evaluations it reported there."""
         for report in reports:
-            value: float = getattr(report, self._spec.objective.metric)
-            self._best[number] = self._better(value, self._best.get(number, math.nan))
+            self._values.setdefault(number, {})[report.tokens] = getattr(report, self._spec.objective.metric)
 
     def is_decided(self, number: int) -> bool:
         """Whether the reports so far already say how the trial ends."""
@@ -111,13 +118,20 @@ class Search:
         trial.set_constraint(_FEASIBILITY, float(ending.outcome == "INFEASIBLE"))
         match ending.outcome:
             case "COMPLETED":
-                self._study.tell(trial, self._best[number])
+                self._study.tell(trial, self._best(self._values[number].values()))
             case "STOPPED" | "INFEASIBLE":
                 self._study.tell(trial, state=TrialState.PRUNED)
             case _:
                 self._study.tell(trial, state=TrialState.FAIL)
 
-    def _better(self, value: float, best: float) -> float:
-        if math.isnan(best):
-            return value
-        return min(value, best) if self._spec.objective.goal == "minimize" else max(value, best)
+    def _best(self, values: Iterable[float]) -> float:
+        return min(values) if self._spec.objective.goal == "minimize" else max(values)
+
+    def _since_improvement(self, values: Iterable[float]) -> int:
+        """Evaluations since the objective last became better by more than `stopping.min_delta`."""
+        sign = 1 if self._spec.objective.goal == "minimize" else -1
+        best, since = math.inf, 0
+        for value in values:
+            improved = sign * value < best - self._spec.stopping.min_delta
+            best, since = (sign * value, 0) if improved else (best, since + 1)
+        return since

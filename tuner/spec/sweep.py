@@ -110,6 +110,10 @@ class StoppingSpec(Section):
     type: Literal["asha", "hyperband", "median", "none"] = Field("asha", description="Rule of early stopping.")
     grace_evals: int = Field(2, ge=1, description="Evaluations before a trial may be stopped; below evals_per_trial.")
     reduction_factor: int = Field(3, ge=2, description="Of this many trials at a rung, one goes on.")
+    patience: int | None = Field(
+        None, ge=1, description="A trial whose objective has not improved for so many evaluations is over; null: never."
+    )
+    min_delta: float = Field(0.0, ge=0, description="What is no improvement to patience: at most so much better.")
 
 
 class ResourcesSpec(Section):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict
 
 Outcome = Literal["RUNNING", "COMPLETED", "STOPPED", "INFEASIBLE", "FAILED"]
+NO_IMPROVEMENT = "no improvement"
+"""Cause of a trial that completed before its budget was spent: `stopping.patience` gave the rest back."""
 
 
 class TrialConfig(TypedDict):
@@ -62,7 +64,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended. A trial that reached its full budget or was stopped early needs no cause."""
+    """How a trial ended. A trial that reached its full budget needs no cause."""
 
     outcome: Outcome
     cause: str | None = None

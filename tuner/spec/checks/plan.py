@@ -81,13 +81,19 @@ def grid_size(distribution: Distribution) -> int | None:
 
 def _check_stopping(spec: SweepSpec) -> list[Problem]:
     stopping, evals = spec.stopping, spec.budget.evals_per_trial
-    if stopping.type == "none" or stopping.grace_evals < evals:
-        return []
-    if evals == 1:
+    found = []
+    if stopping.type != "none" and evals == 1:
         allowed = "none, since budget.evals_per_trial is 1 and a trial ends at its only evaluation"
-        return [Problem("stopping.type", show(stopping.type), allowed, "none")]
-    allowed = f"1 to {evals - 1}, below budget.evals_per_trial, or {stopping.type} never stops a trial"
-    return [Problem("stopping.grace_evals", show(stopping.grace_evals), allowed)]
+        found.append(Problem("stopping.type", show(stopping.type), allowed, "none"))
+    elif stopping.type != "none" and stopping.grace_evals >= evals:
+        allowed = f"1 to {evals - 1}, below budget.evals_per_trial, or {stopping.type} never stops a trial"
+        found.append(Problem("stopping.grace_evals", show(stopping.grace_evals), allowed))
+    if stopping.patience is not None and stopping.patience >= evals - 1:
+        allowed = f"at least 2 below budget.evals_per_trial, {evals}, or it ends no trial before its last evaluation"
+        found.append(Problem("stopping.patience", show(stopping.patience), allowed))
+    if stopping.patience is None and stopping.min_delta:
+        found.append(Problem("stopping.min_delta", show(stopping.min_delta), "0, or stopping.patience beside it"))
+    return found
 
 
 def _check_objective(spec: SweepSpec) -> list[Problem]:
