@@ -54,6 +54,8 @@ class Notes(Silent):
 
 def prepare(job: Job) -> Outcome:
     """Make or convert the model, tokenise and pack the rows, and measure what the machine can do."""
+    from transformers import AutoTokenizer
+
     from tests.benchmarks.machine import describe_machine, flops_per_token
     from tuner.training.baseline import load_base, prepare_rows, prepare_sweep, score_base
 
@@ -62,7 +64,7 @@ def prepare(job: Job) -> Outcome:
     spec = spec_for(work, make_model(work, folder), folder)
     base = load_base(spec)
     facts = prepare_sweep(spec, lambda *event: None, measure=lambda sweep: score_base(spec, base))
-    rows = prepare_rows(spec, spec.train)
+    rows = prepare_rows(spec, spec.train, AutoTokenizer.from_pretrained(base.config._name_or_path))
     return {
         "spec": spec.model_dump(mode="json"),
         "facts": facts.as_dict(),

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tuner.errors import InfeasibleError, NotShareable
-from tuner.spec.layout import Root
+from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.load import parse_spec
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
-from tuner.training.baseline import Preparation, prepare_rows, prepare_sweep
+from tuner.training.baseline import Preparation, prepare_sweep
 from tuner.training.model import load_model
 from tuner.training.shared import head, planner
 from tuner.training.shared.engine import Engine
@@ -108,10 +108,14 @@ class Sweep:
 
     def engine(self, lanes: int = 1) -> Engine:
         base = load_model(self.spec.model.model_dump(), self.folder / "cache")
-        return Engine(self.spec, base, self.facts, prepare_rows(self.spec, self.spec.train).eval, lanes)
+        return Engine(self.spec, base, self.facts, self.sweep_folder.eval_rows, lanes)
 
     def state(self, number: int) -> Path:
-        return Root(Path(self.spec.storage.root)).sweep(self.spec.name).trial_state(number)
+        return self.sweep_folder.trial_state(number)
+
+    @property
+    def sweep_folder(self) -> SweepFolder:
+        return Root(Path(self.spec.storage.root)).sweep(self.spec.name)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from datasets import load_from_disk
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuner.errors import DataError, InfeasibleError
 from tuner.spec.load import parse_spec
@@ -84,7 +84,7 @@ def test_every_packing_reports_at_the_same_token_counts(packing, tiny_model_dir,
 def test_the_saved_adapter_is_the_one_that_was_scored(tiny_model_dir, tmp_path):
     spec = spec_for(tiny_model_dir, tmp_path)
     reports, folders = run(spec, tmp_path)
-    eval_rows = load_from_disk(str(prepare_rows(spec, spec.train).eval))
+    eval_rows = load_from_disk(str(prepare_rows(spec, spec.train, AutoTokenizer.from_pretrained(tiny_model_dir)).eval))
     for report, folder in zip(reports, folders, strict=True):
         assert sorted(path.name for path in folder.iterdir() if path.suffix != ".md") == [
             "adapter_config.json",

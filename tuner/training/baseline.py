@@ -19,7 +19,7 @@ from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is."""
@@ -45,10 +45,14 @@ Measure = Callable[[Preparation], Score]
 """Scores the untuned base on the evaluation set of a sweep whose `baseline` is still empty."""
 
 
-def prepare_rows(spec: SweepSpec, train: dict[str, Any], progress: Progress | None = None) -> Prepared:
-    """The rows a trial with these `train` settings learns from and is scored on; made once, then found in the cache."""
+def prepare_rows(
+    spec: SweepSpec, train: dict[str, Any], tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> Prepared:
+    """The rows a trial with these `train` settings learns from and is scored on; made once, then found in the cache.
+
+    The tokenizer, as `load_tokenizer` returns it, is the trial's own afterwards: with its chat template and tokens.
+    """
     cache = Root(Path(spec.storage.root)).cache
-    tokenizer = load_tokenizer(spec.model.model_dump(), cache)
     return prepare(spec.data.model_dump(), train, tokenizer, cache, eval_max_length(spec), progress)
 
 
@@ -62,7 +66,8 @@ def prepare_sweep(
     """
     root = Root(Path(spec.storage.root))
     progress("Loading the tokenizer", 0, 0)
-    prepared = prepare_rows(spec, spec.train, progress)
+    tokenizer = load_tokenizer(spec.model.model_dump(), root.cache)
+    prepared = prepare_rows(spec, spec.train, tokenizer, progress)
     if known is not None:
         refuse_changed_data(spec, prepared, known)
         return known

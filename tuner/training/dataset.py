@@ -9,7 +9,6 @@ rows, so it takes them with `dataset_kwargs={"skip_prepare_dataset": True}`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -57,12 +56,12 @@ def prepare(
 ) -> Prepared:
     """Return the data of one trial, made now or found in the cache.
 
-    `data` is `DataSpec.model_dump()` and `train` the train section of a `TrialConfig`; `tokenizer` is the base model's
-    own and stays as it is. The evaluation set depends on `train` only through what decides the targets: chat template,
-    eos token, loss masks, truncation_mode. Safe to call from several processes at once. Raises `DataError`.
+    `data` is `DataSpec.model_dump()` and `train` the train section of a `TrialConfig`; `tokenizer` is a copy of the
+    base model's own, and takes on what `train` says of it, as a trainer's would. The evaluation set depends on `train`
+    only through what decides the targets: chat template, eos token, loss masks, truncation_mode. Safe to call from
+    several processes at once. Raises `DataError`.
     """
     report = progress or (lambda stage, done, total: None)
-    tokenizer = copy.deepcopy(tokenizer)
     configure_tokenizer(tokenizer, train)
     text_field = train.get("dataset_text_field", "text")
     with _quiet():

@@ -6,7 +6,6 @@ which cannot be learned from is counted where TRL would stop or train on nothing
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -120,7 +119,6 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase, rules: Masking) -> dict[st
     if backend is None:
         content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:
-        backend = copy.deepcopy(backend)
         backend.no_truncation()  # left behind, as padding, by whoever called the tokenizer last
         backend.no_padding()
         content = backend.to_str()

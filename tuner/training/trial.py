@@ -24,7 +24,6 @@ from tuner.training.budget import StepPlan, plan_steps
 from tuner.training.dataset import DEFAULT_SEED
 from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
-from tuner.training.tokens import configure_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,20 +73,14 @@ def plan_trial(
 ) -> PlannedTrial:
     """Build the trainer of one trial over prepared data, and find the steps that its budget is."""
     cache = Root(Path(spec.storage.root)).cache
-    prepared = prepare_rows(spec, config["train"])
+    tokenizer = load_tokenizer(config["model"], cache)
+    prepared = prepare_rows(spec, config["train"], tokenizer)
     refuse_changed_data(spec, prepared, sweep)
     rows = load_from_disk(str(prepared.train))
-    trainer = build_trainer(config, model, tokenizer_for(config, cache), rows, output_dir)
+    trainer = build_trainer(config, model, tokenizer, rows, output_dir)
     plan = plan_steps(trainer, milestones(sweep.tokens_per_trial, spec.budget.evals_per_trial))
     trainer.args.max_steps = plan.max_steps
     return PlannedTrial(trainer, plan, load_from_disk(str(prepared.eval)))
-
-
-def tokenizer_for(config: TrialConfig, cache: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the chat template and the special tokens of the trial's `train` section."""
-    tokenizer = load_tokenizer(config["model"], cache)
-    configure_tokenizer(tokenizer, config["train"])
-    return tokenizer
 
 
 def build_trainer(
