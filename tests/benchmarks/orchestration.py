@@ -22,14 +22,14 @@ from typing import Any
 import ray
 
 from tests.made_by_hand import make_report, make_spec
-from tuner.execution.alone import start_workers
 from tuner.execution.engine import Engines
 from tuner.execution.events import Silent
 from tuner.execution.machine import Placement, place, ray_cluster
 from tuner.execution.on_tune import search_on_tune
-from tuner.execution.places import run_in_places
+from tuner.execution.places import run_in_places, start_workers
 from tuner.execution.search import search
 from tuner.execution.trials import Trials
+from tuner.execution.waiting import Waiting
 from tuner.results.record import TrialRecord, outcome_counts
 from tuner.results.store import Store
 from tuner.spec.trial import Report
@@ -44,7 +44,7 @@ WAYS = ("in a process of its own", "by Tune and Ray Train")
 class NoEngine:
     """Takes the calls of an engine's actor and trains nothing."""
 
-    def plan(self, facts: Any) -> tuple[int, int, str]:
+    def plan(self, facts: Any, engines: int) -> tuple[int, int, str]:
         return AT_ONCE, 1, "nothing is trained"
 
     def advance(self, config: Any, facts: Any, until_tokens: int) -> Report:
@@ -111,14 +111,14 @@ def run_dedicated(way: str, model: Path, root: Path) -> list[float]:
     )
     store = Store.create(spec)
     facts = prepare_sweep(spec, lambda *event: None).as_dict()
-    watch, placement = Stopwatch(), Placement(workers=1, resources={"CPU": 1.0}, threads=1, concurrent=1)
-    trials = Trials(store, facts, watch)
+    watch, placement = Stopwatch(), Placement(workers=1, resources={"CPU": 1.0}, threads=1, concurrent=1, most=1)
+    trials, waiting = Trials(store, facts, watch), Waiting(store, placement, watch)
     with trials.halt:
         if way == WAYS[0]:
-            with start_workers(spec, placement) as workers:
-                run_in_places(trials, workers, facts, [facts["tokens_per_trial"]])
+            with start_workers(spec, placement) as places:
+                run_in_places(trials, places, facts, [facts["tokens_per_trial"]], waiting)
         else:
-            search_on_tune(store, trials, facts, placement)
+            search_on_tune(store, trials, facts, placement, waiting)
     return watch.seconds
 
 

@@ -12,8 +12,8 @@ import os
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,7 +23,6 @@ import ray
 
 from tuner.execution.endings import explain_failure, tail
 from tuner.execution.logs import log_process_to
-from tuner.execution.machine import Placement
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
@@ -106,22 +105,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@contextmanager
-def start_workers(spec: SweepSpec, placement: Placement) -> Iterator[list[Any]]:
-    """An actor for each trial that may run at once, with the resources of its one worker."""
-    actor: Any = ray.remote(_Worker).options(
-        num_cpus=placement.resources["CPU"], num_gpus=placement.resources.get("GPU", 0), max_restarts=-1
-    )
-    workers = [actor.remote(spec.model_dump(mode="json"), placement.threads) for _ in range(placement.concurrent)]
-    try:
-        yield workers[:]
-    finally:
-        for worker in workers:
-            ray.kill(worker)
-
-
-class _Worker:
-    """Runs one trial after the other, each in a process of its own, so that none inherits what another left."""
+class Worker:
+    """An actor that runs trials one after the other, each in a process of its own: none inherits what another left."""
 
     def __init__(self, spec: dict[str, Any], threads: int):
         self._spec = SweepSpec.model_validate(spec)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.errors import NotShareable
 from tuner.execution.alone import TrialAlone
 from tuner.execution.endings import explain_failure
 from tuner.execution.logs import log_process_to
-from tuner.execution.machine import Placement
+from tuner.execution.machine import Placement, cores_of_nodes, live_nodes
 from tuner.spec.layout import Root
 from tuner.spec.sharing import why_apart, why_not_shared
 from tuner.spec.sweep import SweepSpec
@@ -36,15 +37,28 @@ MOST_DEATHS = 2
 """A call outlives so many deaths of its engine: Ray asks again when the engine is back."""
 
 
-@dataclass(frozen=True)
 class Engines:
     """The engine processes of a sweep, for as long as it needs them."""
 
-    actors: list[Any]
+    def __init__(self, actors: list[Any], more: Callable[[], list[Any]] = list):
+        self.actors = actors
+        self._more = more
 
-    def plan(self, facts: dict[str, Any]) -> tuple[int, int, str]:
-        """How many slots each serves best, none where the base cannot be shared; on how many lanes; and why."""
-        return ray.get(self.actors[0].plan.remote(facts))
+    def plan(self, facts: dict[str, Any], most: int) -> tuple[int, int, str]:
+        """How many slots each serves best, none where the base cannot be shared; on how many lanes; and why.
+
+        Engines that `most` trials at once leave nothing to do are ended.
+        """
+        for actor in self.actors[most:]:
+            ray.kill(actor)
+        del self.actors[most:]
+        return ray.get(self.actors[0].plan.remote(facts, len(self.actors)))
+
+    def more(self, there: list[Any]) -> list[Any]:
+        """Engines started now, for GPUs or nodes that have none."""
+        started = self._more()
+        self.actors += started
+        return started
 
     def close(self) -> None:
         """End the processes and free what they hold of the cluster."""
@@ -54,34 +68,40 @@ class Engines:
 
 @contextmanager
 def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False) -> Iterator[Engines]:
-    """Start an engine per GPU that trials may use, or one on all the cores they may use; it does not wait for them.
+    """Start an engine per GPU that trials may use, or per node on the cores they may use; it does not wait for them.
 
     Trials that cannot share leave nothing to serve: then it is one process with a worker's resources, to prepare the
     sweep, and it loads no base if that was done before.
     """
     shares = not why_not_shared(spec)
     gpus = placement.resources.get("GPU", 0)
-    threads = _cores(placement) if shares and not gpus else placement.threads
-    actor: Any = ray.remote(EngineActor).options(
-        num_cpus=threads,
-        num_gpus=gpus,
-        max_concurrency=MOST_WAITING,
-        max_restarts=-1,  # an engine that dies does not take the sweep along
-        max_task_retries=MOST_DEATHS,
-    )
-    count = placement.concurrent if shares and gpus else 1
-    asked = spec.model_dump(mode="json")
-    engines = Engines([actor.remote(asked, threads, shares or not prepared) for _ in range(count)])
+    nodes: set[str] = set()
+
+    def start(threads: int, node: str | None = None) -> Any:
+        actor: Any = ray.remote(EngineActor).options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            max_concurrency=MOST_WAITING,
+            max_restarts=-1,  # an engine that dies does not take the sweep along
+            max_task_retries=MOST_DEATHS,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT",
+        )
+        return actor.remote(spec.model_dump(mode="json"), threads, shares or not prepared)
+
+    def more() -> list[Any]:
+        if gpus:
+            return [start(placement.threads) for _ in range(len(engines.actors), placement.wanted(live_nodes()))]
+        found = {node: cores for node, cores in cores_of_nodes(placement).items() if node not in nodes}
+        nodes.update(found)
+        return [start(cores, node) for node, cores in found.items()]
+
+    engines = Engines([], more) if shares else Engines([start(placement.threads)])
+    if shares and not engines.more([]):
+        engines.actors.append(start(placement.threads))  # no node has room yet, so any will do
     try:
         yield engines
     finally:
         engines.close()
-
-
-def _cores(placement: Placement) -> int:
-    """Of a machine without GPUs, the cores that all trials may use at once, as far as one node has them."""
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return max(placement.threads, min(largest, placement.concurrent * placement.threads))
 
 
 class EngineActor:
@@ -133,15 +153,15 @@ class EngineActor:
         return self._serving(sweep.as_dict()).score_base()
 
     @ray.method(max_task_retries=0)
-    def plan(self, facts: dict[str, Any]) -> tuple[int, int, str]:
-        """How many slots, on how many lanes, and why; none for a model that the engine cannot compute."""
+    def plan(self, facts: dict[str, Any], engines: int) -> tuple[int, int, str]:
+        """How many slots on each of so many engines, on how many lanes, and why; none for a model it cannot compute."""
         from tuner.training.baseline import Preparation
         from tuner.training.shared.planner import plan_slots
 
         refusal = self._why_not_joint()
         if refusal:
             return 0, 0, refusal
-        plan = plan_slots(self._spec, self._serving(facts), Preparation(**facts))
+        plan = plan_slots(self._spec, self._serving(facts), Preparation(**facts), engines)
         return plan.slots, plan.lanes, plan.reason
 
     def _why_not_joint(self) -> str | None:

@@ -6,12 +6,15 @@ import importlib.util
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
+from ray._private.state import available_resources_per_node
 
 from tuner.errors import MachineError
 from tuner.spec.sweep import SweepSpec
@@ -31,6 +34,9 @@ _SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+
+AHEAD = 8
+"""Trials to ask a cluster for beyond what fits, where nodes may join."""
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
@@ -52,7 +58,7 @@ def ray_cluster(dashboard: bool = True) -> Iterator[list[Mapping[str, float]]]:
         context = _connect(dashboard) if ours else ray.init(ignore_reinit_error=True)
         if dashboard and not context.dashboard_url:
             raise MachineError("the Ray cluster runs no dashboard, which stopped trials need to free their workers")
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield live_nodes()
     finally:
         if ours:
             ray.shutdown()
@@ -69,15 +75,14 @@ def _connect(dashboard: bool) -> Any:
             port = server.getsockname()[1]
         os.environ[_STATE_API] = f"http://127.0.0.1:{port}"
         return ray.init("local", dashboard_port=port, include_dashboard=dashboard, **_QUIET)
-    address = running.pop() if address == "auto" else address
-    environment = {**_SETTINGS, "RAY_ADDRESS": address}  # what runs already has an environment of its own
+    # What runs already has an environment of its own. Its other nodes reach the head by no loopback address.
+    address = canonicalize_bootstrap_address(running.pop() if address == "auto" else address) or address
+    environment = {**_SETTINGS, "RAY_ADDRESS": address}
     return ray.init(address, runtime_env={"env_vars": environment}, **_QUIET)
 
 
 def clusters_on_this_host() -> set[str]:
     """Addresses of every Ray cluster that has a process here, at this moment."""
-    from ray._private.services import find_gcs_addresses
-
     find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # set on the function itself
     return set(find_gcs_addresses())
 
@@ -114,6 +119,21 @@ def _refuse_silence(address: str) -> None:
         raise MachineError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from None
 
 
+def others_use_it() -> bool:
+    """Whether the cluster was there before the sweep: others may wait for its resources, and nodes may join it."""
+    return (os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+
+def live_nodes() -> list[Mapping[str, float]]:
+    """The resources of every node that is there now."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def free_nodes() -> list[Mapping[str, float]]:
+    """What of every node nobody has reserved now."""
+    return list(available_resources_per_node().values())
+
+
 @dataclass(frozen=True)
 class Placement:
     """What one trial gets, and how many run at once."""
@@ -123,29 +143,77 @@ class Placement:
     """Of one worker, as Ray names them."""
     threads: int
     concurrent: int
+    """On the nodes that were there when it was made."""
+    most: int
+    """However large the cluster becomes."""
+    ahead: int = 0
+    """How many more than fit to ask Ray for: what its autoscaler starts nodes for."""
+
+    def fits(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """How many trials these nodes hold, whether or not the sweep has so many."""
+        return sum(_room(node, self.resources) for node in nodes) // self.workers
+
+    def wanted(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """How many trials to ask Ray for at once."""
+        return min(self.fits(nodes) + self.ahead, self.most)
+
+    def __str__(self) -> str:
+        return f"{self.workers} x ({_amounts(self.resources, self.resources)})"
 
 
-def place(spec: SweepSpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
-    """Divide the cluster among trials, given each node's resources. Raises MachineError when not even one fits."""
+def place(spec: SweepSpec, nodes: Sequence[Mapping[str, float]], fixed: bool = True) -> Placement:
+    """Divide the cluster among trials, given each node's resources.
+
+    Raises MachineError when not even one trial fits and the cluster is `fixed`: no node will ever join it.
+    """
     asked = spec.resources
     gpus = asked.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
     worker = {"CPU": float(asked.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
-    room = [_room(node, worker) for node in nodes]
-    fits = sum(room) // asked.workers_per_trial
-    if fits < 1:
-        raise MachineError(
-            f"resources: one trial needs {asked.workers_per_trial} x ({_amounts(worker, worker)}), "
-            f"the cluster has {' and '.join(_amounts(node, worker) for node in nodes)}"
-        )
-    limit = asked.max_concurrent_trials or spec.budget.trials
-    return Placement(asked.workers_per_trial, worker, asked.cpus_per_worker, min(fits, limit, spec.budget.trials))
+    most = min(asked.max_concurrent_trials or spec.budget.trials, spec.budget.trials)
+    ahead = 0 if fixed else AHEAD
+    placement = Placement(asked.workers_per_trial, worker, asked.cpus_per_worker, 0, most, ahead)
+    fits = placement.fits(nodes)
+    if fixed and fits < 1:
+        raise MachineError(f"resources: one trial needs {placement}, the cluster has {_each(nodes, worker)}")
+    return replace(placement, concurrent=min(fits, most))
+
+
+def cores_of_nodes(placement: Placement) -> dict[str, int]:
+    """The cores that trials may use on each node with room for one, by node id, the largest first.
+
+    What others use of a node now is left out, but for a node that is full.
+    """
+    free, cores, left = available_resources_per_node(), {}, placement.most
+    room = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            whole = _room(node["Resources"], placement.resources)
+            room[node["NodeID"]] = _room(free.get(node["NodeID"], {}), placement.resources) or whole
+    for node, workers in sorted(room.items(), key=lambda item: -item[1]):
+        if take := min(workers, left):
+            cores[node] = take * placement.threads
+            left -= take
+    return cores
+
+
+def shortage(placement: Placement) -> str:
+    """What a trial needs, what the cluster has, and what of that is free now."""
+    kinds = placement.resources
+    there, free = _each(live_nodes(), kinds), _each(free_nodes(), kinds)
+    return f"no room: one trial needs {placement}, the cluster has {there}, of which free: {free}"
 
 
 def _room(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
     """How many such workers fit on a node: a worker does not spread over nodes."""
     return min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in worker.items())  # 1 holds 0.1 ten times
+
+
+def _each(nodes: Iterable[Mapping[str, float]], kinds: Iterable[str]) -> str:
+    """The nodes in words, equal ones together."""
+    counts = Counter(_amounts(node, list(kinds)) for node in nodes)
+    return " and ".join(f"{count} x ({one})" if count > 1 else one for one, count in counts.items())
 
 
 def _amounts(resources: Mapping[str, float], kinds: Iterable[str]) -> str:

@@ -7,53 +7,189 @@ every trial, which costs more than a short one does and decides nothing: what to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
+from tuner.execution.alone import Worker
 from tuner.execution.endings import explain_failure
+from tuner.execution.machine import Placement, live_nodes, others_use_it
 from tuner.execution.trials import Trials
+from tuner.execution.waiting import Waiting
+from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
 
 PATIENCE_S = 0.2
 """How long a Ctrl-C, or the end of the time, may go unnoticed."""
+LOOK_S = 2.0
+"""How often to look whether the cluster has grown."""
+TURN_S = 300.0
+"""Where sweeps share a cluster, an actor is kept for its next trial so long; who waits longest has its place then."""
 
 
-def run_in_places(trials: Trials, places: list[Any], facts: dict[str, Any], ahead: list[int]) -> None:
+class Places:
+    """Actors, each with `seats` for trials and `most` trials in all of them; a seat counts once its actor is up.
+
+    `more`, given the actors there are, starts those for which the cluster has room since. Ray itself places them, so
+    one that finds no room waits its turn there, among those of other sweeps. With `turn_s`, an actor that has been up
+    for so long ends when it is empty, and another is asked for.
+    """
+
+    def __init__(
+        self,
+        actors: list[Any],
+        seats: int = 1,
+        most: int | None = None,
+        more: Callable[[list[Any]], list[Any]] = lambda actors: [],
+        turn_s: float = math.inf,
+    ):
+        self._seats, self._more, self._turn_s = seats, more, turn_s
+        self._most = seats * len(actors) if most is None else most
+        self._trials: dict[Any, int] = {}
+        self._until: dict[Any, float] = {}
+        self._coming: dict[ray.ObjectRef, Any] = {}
+        self._look = time.monotonic() + LOOK_S
+        for actor in actors:
+            self._expect(actor)
+
+    @property
+    def coming(self) -> list[ray.ObjectRef]:
+        """Calls that return when another actor is up."""
+        return list(self._coming)
+
+    @property
+    def taken(self) -> int:
+        """How many trials are in places."""
+        return sum(self._trials.values())
+
+    @property
+    def at_once(self) -> int:
+        """Trials at once when all actors are up."""
+        return min(self._most, self._seats * len(self._trials))
+
+    def free(self) -> bool:
+        """Whether there is a place for one more trial."""
+        self._welcome()
+        return self.taken < self._most and any(self._trials[actor] < self._seats for actor in self._until)
+
+    def take(self) -> Any:
+        """The actor with the fewest trials, which now has one more. Only where a place is free."""
+        actor = min(self._until, key=self._trials.__getitem__)
+        self._trials[actor] += 1
+        return actor
+
+    def leave(self, actor: Any) -> None:
+        """A trial is over."""
+        if actor in self._trials:
+            self._trials[actor] -= 1
+            if not self._trials[actor] and time.monotonic() > self._until.get(actor, math.inf):
+                self._end(actor)
+                self._look = 0.0
+
+    def doubt(self, actor: Any) -> None:
+        """A call has failed with its actor, whose places count again when it is up again, if ever."""
+        if self._until.pop(actor, None):
+            self._expect(actor)
+
+    def end_idle(self) -> None:
+        """No trial will need another place."""
+        self._most = 0
+        for actor in [actor for actor, trials in self._trials.items() if not trials]:
+            self._end(actor)
+
+    def close(self) -> None:
+        """End every actor."""
+        for actor in list(self._trials):
+            self._end(actor)
+
+    def _welcome(self) -> None:
+        for call in ray.wait(self.coming, num_returns=len(self.coming), timeout=0)[0] if self._coming else []:
+            actor = self._coming.pop(call)
+            try:
+                ray.get(call)
+                self._until[actor] = time.monotonic() + self._turn_s
+            except RayActorError:
+                self._end(actor)
+        if self.at_once < self._most and time.monotonic() > self._look:
+            self._look = time.monotonic() + LOOK_S
+            for actor in self._more(list(self._trials)):
+                self._expect(actor)
+
+    def _expect(self, actor: Any) -> None:
+        self._trials.setdefault(actor, 0)
+        self._coming[actor.__ray_ready__.remote()] = actor
+
+    def _end(self, actor: Any) -> None:
+        ray.kill(actor)
+        del self._trials[actor]
+        self._until.pop(actor, None)
+        self._coming = {call: one for call, one in self._coming.items() if one != actor}
+
+
+@contextmanager
+def start_workers(spec: SweepSpec, placement: Placement) -> Iterator[Places]:
+    """An actor for each trial that may run at once, with the resources of its one worker; more when nodes join."""
+    actor: Any = ray.remote(Worker).options(
+        num_cpus=placement.resources["CPU"], num_gpus=placement.resources.get("GPU", 0)
+    )
+
+    def more(there: list[Any]) -> list[Any]:
+        count = placement.wanted(live_nodes())
+        return [actor.remote(spec.model_dump(mode="json"), placement.threads) for _ in range(len(there), count)]
+
+    places = Places(more([]), seats=1, most=placement.most, more=more, turn_s=TURN_S if others_use_it() else math.inf)
+    try:
+        yield places
+    finally:
+        places.close()
+
+
+def run_in_places(trials: Trials, places: Places, facts: dict[str, Any], ahead: list[int], waiting: Waiting) -> None:
     """Run trials until there are no more or the search is halted; then some may still be running.
 
-    `places` names an actor for every trial that may run at once; `ahead` are the token counts of a trial's evaluations.
+    `ahead` are the token counts of a trial's evaluations.
     """
     running: dict[ray.ObjectRef, Iterator[ray.ObjectRef]] = {}
     while not trials.halt.stop_all():
-        while places and (config := trials.ask()):
+        while trials.remaining and places.free() and (config := trials.ask()):
             life = _life(trials, places, config, facts, ahead)
             running[next(life)] = life
-        if not running:
-            return
-        done, _ = ray.wait(list(running), timeout=PATIENCE_S)
+        if not trials.remaining:
+            places.end_idle()
+            if not running:
+                return
+        waiting.note(placed=bool(running))
+        done, _ = ray.wait([*running, *places.coming], timeout=PATIENCE_S)
         for call in done:
-            life = running.pop(call)
-            if waits_for := next(life, None):
-                running[waits_for] = life
+            if call in running:
+                life = running.pop(call)
+                if waits_for := next(life, None):
+                    running[waits_for] = life
     for call in running:
         ray.cancel(call)  # or Ray would announce that it asks again, when the actor is ended
 
 
 def _life(
-    trials: Trials, places: list[Any], config: TrialConfig, facts: dict[str, Any], ahead: list[int]
+    trials: Trials, places: Places, config: TrialConfig, facts: dict[str, Any], ahead: list[int]
 ) -> Iterator[ray.ObjectRef]:
     """One trial, from evaluation to evaluation; yields every call that it waits for."""
-    number, actor = config["number"], places.pop(0)
+    number, actor = config["number"], places.take()
     reached = 0
     for until_tokens in ahead:
         if until_tokens <= reached:
             continue  # it went on from an evaluation further on, after which it was cut off
         call = actor.advance.remote(config, facts, until_tokens)
         yield call
-        came_to = _outcome(call)
+        try:
+            came_to: Report | Ending = ray.get(call)
+        except RayActorError as error:  # Ray has asked again, as often as the actor's death is survived
+            came_to = explain_failure(error)
+            places.doubt(actor)
         if isinstance(came_to, Ending):
             trials.failed(number, came_to)
             break
@@ -62,11 +198,4 @@ def _life(
             break
     trials.ended(number)
     yield actor.detach.remote(number)
-    places.append(actor)
-
-
-def _outcome(call: ray.ObjectRef) -> Report | Ending:
-    try:
-        return ray.get(call)
-    except RayActorError as error:  # Ray has asked again, as often as the actor's death is survived
-        return explain_failure(error)
+    places.leave(actor)

@@ -8,14 +8,22 @@ import ray
 
 from tuner.execution.engine import Engines
 from tuner.execution.events import Display
+from tuner.execution.waiting import Waiting
 
 
-def prepare_on_ray(engines: Engines, known: dict[str, Any] | None, display: Display) -> dict[str, Any]:
+def prepare_on_ray(
+    engines: Engines, known: dict[str, Any] | None, display: Display, waiting: Waiting | None = None
+) -> dict[str, Any]:
     """`prepare_sweep` in the first engine's process; takes and returns its facts as a plain dict."""
     display.stage("Loading the libraries")
     (engine, *_) = engines.actors
-    pending = engine.prepare.remote(known)
+    up, pending = engine.__ray_ready__.remote(), engine.prepare.remote(known)
     try:
+        while not ray.wait([up], timeout=0.2)[0]:
+            if waiting:
+                waiting.note(placed=False)
+        if waiting:
+            waiting.note(placed=True)
         ready: list[Any] = []
         while not ready:
             ready, _ = ray.wait([pending], timeout=0.2)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.execution.alone import start_workers
 from tuner.execution.engine import Engines
 from tuner.execution.events import Display
 from tuner.execution.machine import Placement
-from tuner.execution.places import run_in_places
+from tuner.execution.places import Places, run_in_places, start_workers
 from tuner.execution.trials import Trials
+from tuner.execution.waiting import Waiting
 from tuner.results.store import Store
-from tuner.spec.sharing import why_not_shared
+from tuner.spec.sharing import most_at_once, why_not_shared
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import milestones
 
@@ -23,35 +23,38 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     any more; those it cut off stay unfinished, for `tuner resume`.
     """
     spec = store.spec
-    trials = Trials(store, facts, display)
-    slots, lanes, reason = _slots(spec, facts, engines, display)
+    trials, waiting = Trials(store, facts, display), Waiting(store, placement, display)
+    most = min(placement.most, most_at_once(spec))
+    slots, lanes, reason = _slots(spec, facts, engines, most, display)
     count = len(engines.actors) if slots else 0
     store.set_sharing({"slots": slots, "engines": count, "reason": reason})
-    places = (engines.actors * slots)[: spec.resources.max_concurrent_trials]
     display.stage(f"{slots} slots on the shared base ({reason})" if slots else f"Each trial has its own base: {reason}")
-    at_once = min(len(places) or placement.concurrent, trials.remaining)
-    display.stage(f"Searching: {trials.remaining} trials, {at_once} at a time")
+    at_once = min(slots * count, most) if slots else placement.concurrent
+    display.stage(f"Searching: {trials.remaining} trials, {min(at_once, trials.remaining)} at a time")
     ahead = milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial)
     with trials.halt:
         if slots:
-            run_in_places(trials, places, {**facts, "lanes": lanes}, ahead)
+            places = Places(engines.actors, slots, most, engines.more)
+            run_in_places(trials, places, {**facts, "lanes": lanes}, ahead, waiting)
         engines.close()  # what they hold of the cluster is the dedicated trials' now
         if not slots and placement.workers == 1:
-            with start_workers(spec, placement) as workers:
-                run_in_places(trials, workers, facts, ahead)
+            with start_workers(spec, placement) as places:
+                run_in_places(trials, places, facts, ahead, waiting)
         elif not slots:
             from tuner.execution.on_tune import search_on_tune  # Tune and Ray Train take half a second to import
 
-            search_on_tune(store, trials, facts, placement)
+            search_on_tune(store, trials, facts, placement, waiting)
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt
 
 
-def _slots(spec: SweepSpec, facts: dict[str, Any], engines: Engines, display: Display) -> tuple[int, int, str]:
+def _slots(
+    spec: SweepSpec, facts: dict[str, Any], engines: Engines, most: int, display: Display
+) -> tuple[int, int, str]:
     """How many slots each engine serves, on how many lanes, and why; none where trials cannot share a base."""
     reasons = why_not_shared(spec)
     if reasons:
         return 0, 0, "; ".join(reasons)
     display.stage("Finding how many trials the shared base serves best")
-    return engines.plan(facts)
+    return engines.plan(facts, most)

@@ -22,6 +22,8 @@ from tuner.spec.trial import Ending, Report, TrialConfig
 
 FAILURE = "failure"
 """Key of a Tune result that is no evaluation: the trial's `Ending`, as JSON because Tune flattens what is nested."""
+PLACED = "placed"
+"""Key of another, the first: every worker of the trial runs."""
 
 
 def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
@@ -76,6 +78,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     log_process_to(_folder(job).trial_log(config["number"]))  # all ranks: any may be the one that fails
     try:
+        ray.train.report({PLACED: True})
         import torch
 
         from tuner.training.baseline import Preparation

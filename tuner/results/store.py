@@ -243,6 +243,10 @@ class Store:
             values["finished"] = now
         self._update(values)
 
+    def set_message(self, message: str | None) -> None:
+        """Record what the running sweep waits for; None when it goes on."""
+        self._update({"message": message})
+
     def heartbeat(self) -> None:
         """Say that the driver lives; expected every 20 seconds or oftener."""
         self._update({"heartbeat": utc_now()})

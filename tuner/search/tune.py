@@ -19,15 +19,18 @@ class NeverPickled:
 
 
 class StudySearcher(NeverPickled, Searcher):
-    """Hands out what `ask` proposes as Tune trial configs, and tells `ended` which trial is over."""
+    """Hands out what `ask` proposes as Tune trial configs while there is `room`, and tells `ended` which is over."""
 
-    def __init__(self, ask: Callable[[], TrialConfig | None], ended: Callable[[int], None]):
+    def __init__(self, ask: Callable[[], TrialConfig | None], ended: Callable[[int], None], room: Callable[[], bool]):
         super().__init__()
         self._ask = ask
         self._ended = ended
+        self._room = room
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
+        if not self._room():
+            return None  # Tune asks again
         config = self._ask()
         if config is None:
             return Searcher.FINISHED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,18 @@ _NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _OF_A_PROCESS = {"train.tf32": "tf32 is switched for a whole process"}
 """Keys that may have any one value, but not several."""
+
+
+def most_to_learn_from(spec: SweepSpec) -> int:
+    """Trials at once that leave the search something to learn: a third of a search that learns from its trials."""
+    proposes = spec.search.sampler not in ("random", "grid", "qmc") and len(spec.search.enqueue) < spec.budget.trials
+    learns = proposes or spec.stopping.type != "none"
+    return math.ceil(spec.budget.trials / 3) if learns else spec.budget.trials
+
+
+def most_at_once(spec: SweepSpec) -> int:
+    """Trials at once on all shared bases together: what is asked for of each, or what the search learns from."""
+    return spec.budget.trials if isinstance(spec.resources.share_base, int) else most_to_learn_from(spec)
 
 
 def why_not_shared(spec: SweepSpec) -> list[str]:

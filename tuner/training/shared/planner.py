@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from tuner.spec.sharing import most_to_learn_from
 from tuner.spec.sweep import SweepSpec
 from tuner.training.baseline import Preparation
 from tuner.training.shared.joint import Document, JointModel, MicroBatch
@@ -45,7 +46,7 @@ class Plan:
     reason: str
 
 
-def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
+def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation, engines: int = 1) -> Plan:
     """As many slots as pay and fit, on the lanes that serve them best, which the engine uses from here on.
 
     `resources.share_base` may fix the number of slots. No trial may be attached yet.
@@ -54,7 +55,7 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
     lane = engine.lanes[0]
     needed = lane.between_turns(lambda: memory_per_slot(engine.base, lane.joint, rank, tokens))
     fitting = max(1, int(MEMORY_SHARE * _free_memory() / needed))
-    asked, most = spec.resources.share_base, most_to_learn_from(spec)
+    asked, most = spec.resources.share_base, math.ceil(most_to_learn_from(spec) / engines)
     plans: list[tuple[float, Plan]] = []
     for lanes in (1, 2) if engine.base.device.type == "cpu" and engine.threads > 1 else (1,):
         engine.use_lanes(lanes)
@@ -74,17 +75,11 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation) -> Plan:
     said.append(
         f"resources.share_base is {asked}"
         if isinstance(asked, int)
-        else f"a search of {spec.budget.trials} trials has use for {most}"
+        else f"a search of {spec.budget.trials} trials has use for {most_to_learn_from(spec)}"
+        + (f" on {engines} engines" if engines > 1 else "")
     )
     said.append(engine.lanes[0].between_turns(lambda: dtype_advice(engine.base)))
     return replace(best[1], reason="; ".join(said))
-
-
-def most_to_learn_from(spec: SweepSpec) -> int:
-    """Trials at once that leave the search something to learn: a third of a search that learns from its trials."""
-    proposes = spec.search.sampler not in ("random", "grid", "qmc") and len(spec.search.enqueue) < spec.budget.trials
-    learns = proposes or spec.stopping.type != "none"
-    return math.ceil(spec.budget.trials / 3) if learns else spec.budget.trials
 
 
 def typical_step(spec: SweepSpec, sweep: Preparation) -> int:
