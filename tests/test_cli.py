@@ -343,7 +343,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(root):
 
 DRIVER = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a background job
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a driver does
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from made_by_hand import TRIALS, make_sweep

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from tuner.errors import DataError, InfeasibleError, Problem, PromotionRefused, SpecError
+from tuner.errors import DataError, InfeasibleError, JobError, Problem, PromotionRefused, SpecError
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from tuner.errors import DataError, InfeasibleError, Problem, PromotionRefused, 
         InfeasibleError("oom", "out of memory at 4,000 tokens"),
         SpecError([Problem("lora.r", "0", "1 or more", None)], "sweep.yaml"),
         PromotionRefused(["worse than the base"]),
+        JobError("no GPU there", 3),
         DataError("rows.jsonl, line 3: not JSON"),
     ],
     ids=lambda error: type(error).__name__,

@@ -15,11 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner.api import Sweep, load_spec, open, resume, run, sweeps
-    from tuner.errors import DataError, MachineError, NotFoundError, PromotionRefused, SpecError, TunerError
+    from tuner.api import Sweep, load_spec, open, resume, run, submit, sweeps
+    from tuner.errors import DataError, JobError, MachineError, NotFoundError, PromotionRefused, SpecError, TunerError
 
 __all__ = [
     "DataError",
+    "JobError",
     "MachineError",
     "NotFoundError",
     "PromotionRefused",
@@ -30,6 +31,7 @@ __all__ = [
     "open",
     "resume",
     "run",
+    "submit",
     "sweeps",
 ]
 

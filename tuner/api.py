@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tuner.execution.events import Display
+    from tuner.execution.jobs import Job
     from tuner.execution.verify import Comparison
     from tuner.promotion.promote import Promotion
     from tuner.promotion.registry import Version
@@ -58,6 +59,31 @@ def run(
         raise TunerError("overrides and root go with a path; this spec is loaded: give them to tuner.load_spec")
     run_sweep(spec, display, log_output)
     return open(spec.name, spec.storage.root)
+
+
+def submit(
+    spec: SweepSpec | str | Path,
+    *overrides: str,
+    address: str | None = None,
+    root: str | Path | None = None,
+    allow_unauthenticated: bool = False,
+    join: bool = False,
+) -> Job:
+    """Run a sweep on the Ray cluster with this dashboard, `http://HEAD:8265`; return when it has begun there.
+
+    Without an `address`, RAY_ADDRESS names it. The spec is sent, the data are not: its paths, and the `root`, are the
+    cluster's. Raises `SpecError`, `MachineError` for a cluster that takes no job, or takes anybody's unless
+    `allow_unauthenticated`, and `TunerError` for what `tuner run` refuses there, or when this sweep runs there already:
+    with `join` its job is returned instead.
+    """
+    from tuner.execution import jobs
+
+    if not isinstance(spec, SweepSpec):
+        spec = _load_spec(spec, overrides, root, elsewhere=True)
+    elif overrides:
+        raise TunerError("overrides go with a path; this spec is loaded: give them to tuner.load_spec")
+    address = jobs.address_of(address)
+    return jobs.submit_sweep(jobs.connect(address, allow_unauthenticated), address, spec, root, join)
 
 
 def resume(
@@ -251,9 +277,11 @@ class Sweep:
         if state.status not in ACTIVE:
             raise TunerError(f"nothing to cancel: {self.name!r} is {state.status}")
         if state.host != socket.gethostname() or state.pid is None:
-            raise TunerError(f"{self.name!r} runs on {state.host} (pid {state.pid}): cancel it there")
+            raise TunerError(
+                f"{self.name!r} runs on {state.host} (pid {state.pid}): cancel it there, or with --address"
+            )
         driver = psutil.Process(state.pid)
-        driver.send_signal(signal.SIGINT)
+        driver.send_signal(signal.SIGTERM)  # in a job of Ray's a SIGINT would be blocked
         try:
             driver.wait(timeout_s)
         except psutil.TimeoutExpired:

@@ -62,6 +62,18 @@ class NotFoundError(TunerError):
     exit_code = 2
 
 
+class JobError(TunerError):
+    """What a command said that failed on the cluster, and the exit code it ended with."""
+
+    def __init__(self, said: str, exit_code: int):
+        super().__init__(said, exit_code)
+        self.said = said
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return self.said
+
+
 class InfeasibleError(TunerError):
     """A point of the space that cannot be trained: out of memory, diverged. The search learns from it."""
 

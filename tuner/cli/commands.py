@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tuner.cli.output import Format, as_text, deliver, export, print_json, say_next
+from tuner.cli.anywhere import AddressOption, AllowOption, FollowOption, anywhere
+from tuner.cli.output import Format, as_text, asker, deliver, export, print_json, say_next
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
     from tuner.api import Sweep
+    from tuner.execution.jobs import Job
     from tuner.spec.sweep import SweepSpec
 
 EXIT_INTERRUPTED = 130
@@ -51,6 +53,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+def _answer(client: tuple[str, str] | None) -> None:
+    """Note for whom this command runs, in a job of theirs; another version would read a spec otherwise."""
+    if client is None:
+        return
+    from importlib.metadata import version
+
+    from tuner.errors import MachineError
+
+    theirs, asker.address = client
+    if theirs != version("tuner"):
+        raise MachineError(f"the cluster has tuner {version('tuner')}, its client {theirs}: install the same on both")
+
+
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
@@ -71,8 +86,10 @@ def tuner(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    client: Annotated[tuple[str, str] | None, typer.Option(hidden=True, metavar="VERSION ADDRESS")] = None,
 ) -> None:
     """Hyperparameter search for fine-tuning language models: one YAML in, a verified, promoted model out."""
+    _answer(client)
 
 
 @app.command()
@@ -109,11 +126,54 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
 
 
 @app.command()
-def resume(name: SweepName, root: RootOption = None, quiet: QuietOption = False) -> None:
+def submit(
+    file: SpecFile,
+    set_: SetOption = None,
+    root: RootOption = None,
+    address: AddressOption = None,
+    follow: FollowOption = False,
+    allow_unauthenticated_cluster: AllowOption = False,
+) -> None:
+    """Run the sweep on a Ray cluster, as a job.
+
+    The paths of the spec are the cluster's. Returns when the sweep has begun there, or says what was refused.
+    """
+    from tuner import api
+
+    typer.echo("waiting for the cluster to begin the sweep, or to refuse it", err=True)
+    job = api.submit(
+        file,
+        *(set_ or []),
+        address=address,
+        root=root,
+        allow_unauthenticated=allow_unauthenticated_cluster,
+        join=follow,
+    )
+    raise typer.Exit(_print_job(job, follow))
+
+
+@app.command()
+def resume(
+    name: SweepName,
+    root: RootOption = None,
+    quiet: QuietOption = False,
+    address: AddressOption = None,
+    follow: FollowOption = False,
+    allow_unauthenticated_cluster: AllowOption = False,
+) -> None:
     """Continue an interrupted sweep; finished trials stay."""
     from tuner import api
     from tuner.cli.live import watching
 
+    if address:
+        from tuner.execution import jobs
+
+        address = jobs.address_of(address)
+        client = jobs.connect(address, allow_unauthenticated_cluster)
+        job = jobs.resume_sweep(client, address, name, str(root) if root else None, join=follow)
+        raise typer.Exit(_print_job(job, follow))
+    if follow or allow_unauthenticated_cluster:
+        raise typer.BadParameter("--follow and --allow-unauthenticated-cluster go with --address")
     before = api.open(name, root)
     with _resumable(before.spec, root), watching(before.spec, quiet, before.records()) as display:
         sweep = api.resume(name, root, display, log_output=True)
@@ -121,6 +181,7 @@ def resume(name: SweepName, root: RootOption = None, quiet: QuietOption = False)
 
 
 @app.command("ls")
+@anywhere
 def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
     """List the sweeps, newest first."""
     from tuner.api import overview
@@ -140,6 +201,7 @@ def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+@anywhere
 def status(name: SweepName, root: RootOption = None, as_json: JsonOption = False) -> None:
     """Show how a sweep stands, on one screen."""
     from tuner.api import open
@@ -157,6 +219,7 @@ def status(name: SweepName, root: RootOption = None, as_json: JsonOption = False
 
 
 @app.command()
+@anywhere
 def results(
     name: SweepName,
     as_json: JsonOption = False,
@@ -196,6 +259,7 @@ def results(
 
 
 @app.command()
+@anywhere
 def show(
     name: SweepName,
     trial: TrialNumber = None,
@@ -245,6 +309,7 @@ def verify(
 
 
 @app.command()
+@anywhere
 def report(
     name: SweepName,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
@@ -260,6 +325,7 @@ def report(
 
 
 @app.command()
+@anywhere
 def cancel(name: SweepName, root: RootOption = None) -> None:
     """End a running sweep cleanly; `tuner resume` continues it."""
     from tuner.api import open
@@ -274,6 +340,7 @@ def cancel(name: SweepName, root: RootOption = None) -> None:
 
 
 @app.command()
+@anywhere
 def promote(
     name: SweepName,
     trial: TrialNumber = None,
@@ -295,6 +362,7 @@ def promote(
 
 
 @app.command()
+@anywhere
 def rollback(
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the promoted model.")], root: RootOption = None
 ) -> None:
@@ -352,6 +420,19 @@ def _print_end(sweep: Sweep, root: Path | None) -> int:
     number = "" if sweep.best or not records else f" {records[0].number}"
     say_next(f"show {sweep.name}{number}", root)
     return 0 if state.status == "finished" else 1
+
+
+def _print_job(job: Job, follow: bool) -> int:
+    """Print the name of a sweep that has begun on a cluster and, if asked, its log; return the exit code."""
+    typer.echo(job.sweep)
+    typer.echo(f"job {job.id} on {job.address}", err=True)
+    if follow:
+        try:
+            return job.follow(lambda line: typer.echo(line, err=True))
+        except KeyboardInterrupt:
+            typer.echo("no longer followed; the sweep goes on", err=True)
+    say_next(f"status {job.sweep}", job.root, err=True, address=job.address)
+    return EXIT_INTERRUPTED if follow else 0
 
 
 def _run_command(file: Path, overrides: list[str] | None) -> str:

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,11 +25,26 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
-def say_next(command: str, root: Path | None, err: bool = False) -> None:
-    """Print the next command to type, as it can be typed here: by this one's path unless PATH has it, with its root."""
+@dataclass
+class Asker:
+    """Who has this command run, in a job on a cluster, and types the next one elsewhere."""
+
+    address: str | None = None
+
+
+asker = Asker()
+
+
+def say_next(command: str, root: Path | str | None, err: bool = False, address: str | None = None) -> None:
+    """Print the next command to type, with its root, as it can be typed here: by this one's path unless PATH has it.
+
+    In a job it is typed where the job was asked for: with the cluster's address.
+    """
     called, found = Path(sys.argv[0]), shutil.which("tuner")
-    here = called.name == "tuner" and not (found and called.exists() and called.samefile(found))
+    here = not asker.address and called.name == "tuner" and not (found and called.exists() and called.samefile(found))
     at = f" --root {shlex.quote(str(root))}" if root else ""
+    if address := address or asker.address:
+        at += f" --address {shlex.quote(address)}"
     typer.echo(f"{shlex.quote(str(called)) if here else 'tuner'} {command}{at}", err=err)
 
 
@@ -40,14 +56,14 @@ def print_json(document: Any) -> None:
     typer.echo(as_text(document))
 
 
-def deliver(text: str, output: Path | None) -> None:
+def deliver(content: str | bytes, output: Path | None) -> None:
     """To a file, or to stdout."""
     if output:
         with _opened(output) as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
         typer.echo(f"wrote {output}", err=True)
     else:
-        typer.echo(text, nl=False)
+        typer.echo(content, nl=False)
 
 
 def _opened(output: Path) -> BinaryIO:

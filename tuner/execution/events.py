@@ -8,6 +8,9 @@ from typing import Any, Protocol
 from tuner.results.record import TrialRecord
 from tuner.spec.trial import Report
 
+BEGUN = "The sweep has begun in "
+"""The stage, the storage root behind it, that says that nothing was refused: `tuner submit` waits for it."""
+
 
 class Display(Protocol):
     """The calls a sweep makes while it runs, in the driver's process and from its main thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,12 +10,14 @@ from typing import Any
 
 from tuner.errors import PromotionRefused, TunerError
 from tuner.execution.engine import Engines, start_engines
-from tuner.execution.events import Display, Silent
+from tuner.execution.events import BEGUN, Display, Silent
 from tuner.execution.logs import library_output_to
-from tuner.execution.machine import Placement, place, ray_cluster
+from tuner.execution.machine import Placement, others_use_it, place, ray_cluster
+from tuner.execution.nodes import refuse_what_a_node_lacks
 from tuner.execution.preparation import prepare_on_ray
 from tuner.execution.promote import promote_trial
 from tuner.execution.search import search
+from tuner.execution.waiting import Waiting
 from tuner.results.ranking import best_trial
 from tuner.results.record import ACTIVE, TrialRecord
 from tuner.results.store import Store
@@ -34,10 +37,11 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     display = display or Silent()
     display.stage("Starting Ray")
     with ray_cluster(dashboard=spec.resources.workers_per_trial > 1) as nodes:
-        placement = place(spec, nodes)
+        placement = place(spec, nodes, fixed=not others_use_it())
+        refuse_what_a_node_lacks(spec)
         with start_engines(spec, placement) as engines:  # first, because it imports for seconds
             store = Store.create(spec)
-            with _driving(store, log_output):
+            with _driving(store, display, log_output):
                 _search(store, engines, placement, display)
                 _conclude(store, display)
     return store
@@ -53,28 +57,30 @@ def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output
         raise TunerError(f"sweep {folder.name!r} is finished: nothing to resume")
     display = display or Silent()
     if remaining_trials(store.spec, store.study) <= 0:
-        with _driving(store, log_output):
+        with _driving(store, display, log_output):
             _conclude(store, display)
         return store
     display.stage("Starting Ray")
     with ray_cluster(dashboard=store.spec.resources.workers_per_trial > 1) as nodes:
-        placement = place(store.spec, nodes)
+        placement = place(store.spec, nodes, fixed=not others_use_it())
+        refuse_what_a_node_lacks(store.spec)
         prepared = _known_facts(store) is not None
-        with start_engines(store.spec, placement, prepared) as engines, _driving(store, log_output):
+        with start_engines(store.spec, placement, prepared) as engines, _driving(store, display, log_output):
             _search(store, engines, placement, display)
             _conclude(store, display)
     return store
 
 
 @contextmanager
-def _driving(store: Store, log_output: bool) -> Iterator[None]:
+def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]:
     """Be the driver of the sweep for this block, and record how it ended if it did not end well.
 
-    Raises what made it impossible to go on, and KeyboardInterrupt when it was interrupted; the store says so either
-    way, and `tuner resume` continues.
+    Raises what made it impossible to go on, and KeyboardInterrupt when it was interrupted, by Ctrl-C or a SIGTERM; the
+    store says so either way, and `tuner resume` continues.
     """
+    display.stage(f"{BEGUN}{store.spec.storage.root}")
     try:
-        with _heartbeat(store), library_output_to(store.folder.log) if log_output else nullcontext():
+        with _terminable(), _heartbeat(store), library_output_to(store.folder.log) if log_output else nullcontext():
             yield
     except KeyboardInterrupt:
         store.set_status("interrupted")
@@ -87,7 +93,7 @@ def _driving(store: Store, log_output: bool) -> Iterator[None]:
 def _search(store: Store, engines: Engines, placement: Placement, display: Display) -> None:
     """Prepare and run the trials, on a cluster that is up."""
     store.set_status("preparing")
-    facts = prepare_on_ray(engines, _known_facts(store), display)
+    facts = prepare_on_ray(engines, _known_facts(store), display, Waiting(store, placement, display))
     store.set_prepared(facts["tokens_per_trial"], facts["data"], facts["baseline"])
     display.prepared(facts["data"], facts["baseline"], facts["tokens_per_trial"])
     store.set_status("running")
@@ -125,6 +131,19 @@ def _promote(store: Store, record: TrialRecord, display: Display) -> None:
     except PromotionRefused as refusal:
         store.set_promoted({"refused": refusal.reasons, "trial": record.number})
         display.stage(str(refusal))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A SIGTERM is a Ctrl-C: so `ray job stop`, `kill` and batch systems end what runs. Ray would exit at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

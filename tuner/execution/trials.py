@@ -80,7 +80,9 @@ class Trials:
 
 
 class Halt:
-    """Ends the search between two results: on the first Ctrl-C, a cancellation, or when the time is up."""
+    """Ends the search between two results: on the first Ctrl-C or SIGTERM, or when the time is up."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, store: Store, display: Display):
         self._limit = store.spec.budget.time_limit
@@ -91,15 +93,19 @@ class Halt:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+            self._previous = {one: signal.signal(one, self._interrupt) for one in self.SIGNALS}
 
     def __exit__(self, *exc_info: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._previous)
+            self._as_before()
 
     def _interrupt(self, signum: int, frame: object) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)  # a second Ctrl-C does not wait
+        self._as_before()  # a second one does not wait
+
+    def _as_before(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
 
     def stop_all(self) -> bool:
         """Whether everything is to end, and nothing to start any more."""

@@ -10,7 +10,7 @@ from tuner.errors import Problem
 from tuner.spec.checks.clashes import check_clashes
 from tuner.spec.checks.data import check_data
 from tuner.spec.checks.fields import check_fields
-from tuner.spec.checks.paths import check_paths, make_absolute
+from tuner.spec.checks.paths import check_paths, check_study, make_absolute
 from tuner.spec.checks.plan import check_plan
 from tuner.spec.checks.shape import check_shape
 from tuner.spec.checks.space import check_space
@@ -19,10 +19,13 @@ from tuner.spec.defaults import fill_defaults
 from tuner.spec.sweep import SweepSpec
 
 
-def check_values(values: Any, base: Path, root: Path | None = None) -> tuple[SweepSpec | None, list[Problem]]:
+def check_values(
+    values: Any, base: Path, root: Path | None = None, elsewhere: bool = False
+) -> tuple[SweepSpec | None, list[Problem]]:
     """Hold the values of a spec against everything known; `base` is the folder that its paths start from.
 
-    Returns the resolved spec and no problems, or None and every problem.
+    Returns the resolved spec and no problems, or None and every problem. With `elsewhere` it will run on another
+    machine: what must be there is looked for there, not here.
     """
     if not isinstance(values, Mapping):
         return None, [Problem("the spec", show(values), "sections, such as name, model, data, space and budget")]
@@ -30,7 +33,8 @@ def check_values(values: Any, base: Path, root: Path | None = None) -> tuple[Swe
     if spec is not None:
         spec = make_absolute(spec, base, root)
         told = [problem.key for problem in problems]
-        found = [problem for check in CHECKS for problem in check(spec)]
+        checks = [check for check in CHECKS if not (elsewhere and check is check_paths)]
+        found = [problem for check in checks for problem in check(spec)]
         found = [problem for problem in found if not problem.key.endswith(_left_out(values, spec))]
         problems += [problem for problem in found if not any(_touch(problem.key, key) for key in told)]
     if problems:
@@ -38,7 +42,7 @@ def check_values(values: Any, base: Path, root: Path | None = None) -> tuple[Swe
     return spec, []
 
 
-CHECKS = (check_paths, check_data, check_fields, check_space, check_plan, check_clashes)
+CHECKS = (check_paths, check_study, check_data, check_fields, check_space, check_plan, check_clashes)
 """Each takes a spec of the right shape and returns what is wrong with it."""
 
 

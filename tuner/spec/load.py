@@ -16,19 +16,23 @@ from tuner.spec.text import parse_yaml, write_yaml
 MAX_BYTES = 1_000_000
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = (), root: str | Path | None = None) -> SweepSpec:
+def load_spec(
+    path: str | Path, overrides: Sequence[str] = (), root: str | Path | None = None, elsewhere: bool = False
+) -> SweepSpec:
     """Return the spec of a YAML file, `a.b=value` overrides laid over it, all paths absolute.
+
+    With `elsewhere` it is for another machine, and no path need exist on this one.
 
     Raises `SpecError` with every problem, or `NotFoundError` where there is no such file.
     """
-    spec, problems = check_file(path, overrides, root)
+    spec, problems = check_file(path, overrides, root, elsewhere)
     if spec is None:
         raise SpecError(problems, str(path))
     return spec
 
 
 def check_file(
-    path: str | Path, overrides: Sequence[str] = (), root: str | Path | None = None
+    path: str | Path, overrides: Sequence[str] = (), root: str | Path | None = None, elsewhere: bool = False
 ) -> tuple[SweepSpec | None, list[Problem]]:
     """Return the spec and no problems, or None and every problem; raises `NotFoundError` where there is no file."""
     file = Path(path)
@@ -38,7 +42,7 @@ def check_file(
         values = apply_overrides(values, overrides) if overrides else values
     except SpecError as error:
         return None, error.problems
-    return check_values(values, file.absolute().parent, Path(root) if root else None)
+    return check_values(values, file.absolute().parent, Path(root) if root else None, elsewhere)
 
 
 def parse_spec(values: Mapping[str, Any], base: str | Path, root: str | Path | None = None) -> SweepSpec:

@@ -59,7 +59,7 @@ def check_paths(spec: SweepSpec) -> list[Problem]:
     places = {"model.name": spec.model.name, "data.path": spec.data.path, "data.eval_path": spec.data.eval_path}
     places["train.chat_template_path"] = spec.train.get("chat_template_path")
     missing = [_missing(key, place) for key, place in places.items() if isinstance(place, str) and _is_missing(place)]
-    return [*missing, *_check_model(spec.model), *_check_study(spec.storage.study)]
+    return [*missing, *_check_model(spec.model)]
 
 
 def _is_missing(place: str) -> bool:
@@ -98,7 +98,9 @@ def _check_model(model: ModelSpec) -> list[Problem]:
     return [Problem("model.gguf_file", show(model.gguf_file), allowed, nearest(model.gguf_file, files))]
 
 
-def _check_study(url: str | None) -> list[Problem]:
+def check_study(spec: SweepSpec) -> list[Problem]:
+    """Find a `storage.study` that is no URL, or that holds a secret."""
+    url = spec.storage.study
     if url is None:
         return []
     example = "postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"
