@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.benchmarks.workloads import RANKS, Workload, make_model, spec_for, write_data
 from tuner.execution.events import Silent
-from tuner.spec.layout import Root
+from tuner.spec.layout import SweepFolder
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
@@ -125,7 +125,7 @@ def process(job: Job) -> Outcome:
     torch.set_num_threads(job["threads"])
     from tuner.training.baseline import Preparation, load_base
     from tuner.training.shared.joint import share_weights
-    from tuner.training.trial import ReportAtMilestones, plan_trial
+    from tuner.training.trial import ReportAtMilestones, plan_trial, sft_config
 
     spec, facts, notes = _spec(job), Preparation(**job["facts"]), Notes()
     base = load_base(spec)
@@ -138,7 +138,7 @@ def process(job: Job) -> Outcome:
                 save(place / "adapter")  # as a sweep does at every evaluation
                 notes.trial_reported(number, report)
 
-            planned = plan_trial(spec, configs[number], facts, share_weights(base), place)
+            planned = plan_trial(spec, configs[number], facts, share_weights(base), sft_config(configs[number], place))
             planned.trainer.add_callback(ReportAtMilestones(planned, emit))
             planned.trainer.train()
     return {"reports": notes.reports}
@@ -174,7 +174,7 @@ def engine(job: Job) -> Outcome:
     from tuner.training.shared.planner import plan_slots
 
     spec, facts, notes = _sharing(_spec(job), job["slots"] or "auto"), Preparation(**job["facts"]), Notes()
-    engine = Engine(spec, load_base(spec), facts, Root(Path(spec.storage.root)).sweep(spec.name).eval_rows)
+    engine = Engine(spec, load_base(spec), facts, SweepFolder.of(spec).eval_rows)
     plan = plan_slots(spec, engine, facts)
     waiting = iter(_configs(spec))
     waste: list[float] = []

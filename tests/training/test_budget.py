@@ -13,7 +13,7 @@ from tuner.errors import InfeasibleError
 from tuner.spec.trial import TrialConfig, milestones
 from tuner.training.budget import plan_steps
 from tuner.training.model import load_model, load_tokenizer
-from tuner.training.trial import build_trainer
+from tuner.training.trial import build_trainer, sft_config
 
 MODEL = {
     "revision": "main",
@@ -42,7 +42,8 @@ def trainer_for(tiny_model_dir: Path, tmp_path: Path, **train: object):
     rows = rows_of_many_lengths()
     if train.get("packing", "none") != "none":
         rows = pack_dataset(rows, 32, train["packing"])
-    return build_trainer(config, load_model(model, tmp_path), load_tokenizer(model, tmp_path), rows, tmp_path / "out")
+    args = sft_config(config, tmp_path / "out")
+    return build_trainer(config, load_model(model, tmp_path), load_tokenizer(model, tmp_path), rows, args)
 
 
 class CountTokens(TrainerCallback):

@@ -119,11 +119,20 @@ class StoppingSpec(Section):
 class ResourcesSpec(Section):
     """What one trial gets of the machine."""
 
-    strategy: Literal["auto", "ddp"] = Field("auto", description="How the workers of one trial share the training.")
+    strategy: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="How the workers of one trial share its training; auto: by what its memory is estimated at."
+    )
+    offload: bool = Field(False, description="Of fsdp and zero*: keep what is sharded in the CPU's memory.")
+    deepspeed: str | dict[str, Any] | None = Field(
+        None, description="Of zero*: DeepSpeed settings of your own, as a JSON file or here; null: the shipped ones."
+    )
+    fsdp: dict[str, Any] | None = Field(None, description="Of fsdp: fields of transformers' fsdp_config; null: none.")
     share_base: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Trials at once on one shared base: auto measures how many pay, off gives each its own."
     )
-    workers_per_trial: int = Field(1, ge=1, description="Ray Train workers of one trial.")
+    workers_per_trial: int = Field(
+        1, ge=1, description="Ray Train workers of one trial; they divide the rows of its steps among them."
+    )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of one worker.")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of one worker; null: one where there is one.")
     max_concurrent_trials: int | None = Field(None, ge=1, description="At most so many at once; null: what fits.")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import load_from_disk
 
 from tuner.errors import DataError, Problem, SpecError
-from tuner.spec.layout import Root
+from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
 from tuner.training.evaluation import Score, score
@@ -52,7 +51,7 @@ def prepare_rows(
 
     The tokenizer, as `load_tokenizer` returns it, is the trial's own afterwards: with its chat template and tokens.
     """
-    cache = Root(Path(spec.storage.root)).cache
+    cache = Root.of(spec).cache
     return prepare(spec.data.model_dump(), train, tokenizer, cache, eval_max_length(spec), progress)
 
 
@@ -64,7 +63,7 @@ def prepare_sweep(
     Of a sweep that goes on, `known` is what was found at its start; it is returned if the data are still the same.
     Without `measure` the base is loaded for this alone.
     """
-    root = Root(Path(spec.storage.root))
+    root = Root.of(spec)
     progress("Loading the tokenizer", 0, 0)
     tokenizer = load_tokenizer(spec.model.model_dump(), root.cache)
     prepared = prepare_rows(spec, spec.train, tokenizer, progress)
@@ -72,7 +71,9 @@ def prepare_sweep(
         refuse_changed_data(spec, prepared, known)
         return known
     sweep = Preparation(tokens_per_trial(spec, prepared.summary), prepared.summary, {})
-    shutil.copytree(prepared.eval, root.sweep(spec.name).eval_rows, dirs_exist_ok=True)
+    eval_rows = SweepFolder.of(spec).eval_rows
+    shutil.copytree(prepared.eval, eval_rows, dirs_exist_ok=True)
+    root.keep(eval_rows)
     progress("Loading the base", 0, 0)
     result = measure(sweep) if measure else score_base(spec, load_base(spec))
     return replace(sweep, baseline=result.as_dict())
@@ -81,12 +82,13 @@ def prepare_sweep(
 def load_base(spec: SweepSpec) -> PreTrainedModel:
     """The base of a sweep, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(spec.model.model_dump(), Root(Path(spec.storage.root)).cache, device)
+    return load_model(spec.model.model_dump(), Root.of(spec).cache, device)
 
 
 def score_base(spec: SweepSpec, base: PreTrainedModel) -> Score:
     """The untuned base's score on the sweep's evaluation set."""
-    rows = load_from_disk(str(Root(Path(spec.storage.root)).sweep(spec.name).eval_rows))
+    folder = SweepFolder.of(spec)
+    rows = load_from_disk(str(folder.root.fetch(folder.eval_rows)))
     return score(base, rows, spec.train.get("per_device_eval_batch_size", 8))
 
 
@@ -110,10 +112,8 @@ def tokens_per_trial(spec: SweepSpec, summary: dict[str, Any]) -> int:
         tokens = budget.epochs_per_trial * summary["train_tokens"]
     else:
         assert budget.steps_per_trial is not None
-        rows_per_step = (
-            spec.train.get("per_device_train_batch_size", 8)
-            * spec.train.get("gradient_accumulation_steps", 1)
-            * spec.resources.workers_per_trial
+        rows_per_step = spec.train.get("per_device_train_batch_size", 8) * spec.train.get(
+            "gradient_accumulation_steps", 1
         )
         tokens = budget.steps_per_trial * rows_per_step * summary["train_tokens"] / summary["sequences"]
     if tokens < budget.evals_per_trial:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tuner.errors import InfeasibleError
+from tuner.training.workers import WorkersTrainer
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -57,6 +58,8 @@ def _tokens_of_steps(trainer: SFTTrainer) -> Iterator[int]:
     accumulation = trainer.args.gradient_accumulation_steps
     rows: Any = trainer.train_dataset
     lengths = [len(ids) for ids in rows["input_ids"]]
+    if isinstance(trainer, WorkersTrainer):
+        lengths[-1] = 0  # the row that fills up
     with torch.random.fork_rng():
         loader = trainer.get_train_dataloader()
     epoch = 0

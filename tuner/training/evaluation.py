@@ -48,14 +48,15 @@ class Score:
         return {"eval_loss": self.eval_loss, "mean_token_accuracy": self.mean_token_accuracy, "tokens": self.tokens}
 
 
-def score(model: nn.Module, rows: Dataset, batch_size: int = 8) -> Score:
+def score(model: nn.Module, rows: Dataset, batch_size: int = 8, device: torch.device | None = None) -> Score:
     """Score a causal language model, or a PEFT model over one, on rows of `input_ids` and `labels`.
 
     Rows are sorted by length so that little is padded. The head is TRL's fused one, which computes log-probabilities in
     tiles: memory does not grow with tokens times vocabulary. In a distributed run every rank scores its share of the
-    batches (empty ones fill up, so that sharded models stay in step) and all ranks return the same sums.
+    batches (empty ones fill up, so that sharded models stay in step) and all ranks return the same sums. `device` is
+    where the model computes, if that is not where its weights are.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     dtype = _compute_dtype(model)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

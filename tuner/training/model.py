@@ -22,16 +22,25 @@ if TYPE_CHECKING:
 PACKAGE_SCHEME = "package:"
 
 
-def load_model(model: dict[str, Any], cache: Path, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Load the base as `ModelSpec` says: dtype, quantization, attention. Weights come from safetensors only."""
+def load_model(
+    model: dict[str, Any],
+    cache: Path,
+    device: str | torch.device | None = "cpu",
+    quant_storage: torch.dtype = torch.uint8,
+) -> PreTrainedModel:
+    """Load the base as `ModelSpec` says: dtype, quantization, attention. Weights come from safetensors only.
+
+    Without a device, whoever shards the model among workers moves its parts. `quant_storage` is what four-bit weights
+    pretend to be made of.
+    """
     source, options = _source(model, cache)
     if model["attn_implementation"]:
         options["attn_implementation"] = model["attn_implementation"]
     return AutoModelForCausalLM.from_pretrained(
         source,
         dtype=getattr(torch, model["dtype"]),
-        quantization_config=quantization_config(model),
-        device_map={"": device},
+        quantization_config=quantization_config(model, quant_storage),
+        device_map=None if device is None else {"": device},
         use_safetensors=True,
         **options,
     )
@@ -48,7 +57,7 @@ def _read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source, **options)
 
 
-def quantization_config(model: dict[str, Any]) -> BitsAndBytesConfig | None:
+def quantization_config(model: dict[str, Any], quant_storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
     """QLoRA's settings for nf4 (double quantisation, computing in the model's dtype); LLM.int8 for int8."""
     if model["quantization"] == "nf4":
         return BitsAndBytesConfig(
@@ -56,6 +65,7 @@ def quantization_config(model: dict[str, Any]) -> BitsAndBytesConfig | None:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, model["dtype"]),
+            bnb_4bit_quant_storage=quant_storage,
         )
     if model["quantization"] == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,24 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from tuner.errors import InfeasibleError, TunerError
+from tuner.errors import InfeasibleError
 from tuner.spec.layout import Root
-from tuner.spec.sweep import SweepSpec
+from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows, refuse_changed_data
 from tuner.training.budget import StepPlan, plan_steps
 from tuner.training.dataset import DEFAULT_SEED
 from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
+from tuner.training.strategy import (
+    RefuseFallback,
+    gather_weights,
+    largest_of_workers,
+    loads_in_parts,
+    quant_storage,
+    sharing_arguments,
+)
+from tuner.training.workers import WorkersTrainer, share_of_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,16 +55,18 @@ _PREPARED_FIELDS = frozenset(
 def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path, emit: Emit) -> None:
     """Train one trial to the end of its budget, emitting a report at every milestone.
 
-    Raises InfeasibleError when the point cannot be trained (diverged, or a step larger than the budget's grain),
-    DataError when the data are not those the sweep began with, and TunerError when the libraries would train otherwise
-    than was asked; an out-of-memory error of torch's is left as it is.
+    Raises InfeasibleError when the point cannot be trained (diverged, a step larger than the budget's grain, or
+    libraries that would share it among workers otherwise than was asked) and DataError when the data are not those the
+    sweep began with; an out-of-memory error of torch's is left as it is.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(config["model"], Root(Path(spec.storage.root)).cache, device)
-    planned = plan_trial(spec, config, sweep, model, output_dir)
-    ranks, asked = planned.trainer.args.world_size, spec.resources.workers_per_trial
-    if ranks != asked:
-        raise TunerError(f"resources.workers_per_trial asks for {asked} workers, the trainer found {ranks}")
+    resources, cache = spec.resources, Root.of(spec).cache
+    in_parts = loads_in_parts(resources, config["model"]["quantization"])
+    if in_parts:
+        load_tokenizer(config["model"], cache)  # converts a GGUF file, which ZeRO-3 would shard from the next line on
+    args = sft_config(config, output_dir, resources)
+    model = load_model(config["model"], cache, None if in_parts else args.device, quant_storage(resources))
+    planned = plan_trial(spec, config, sweep, model, args)
+    planned.trainer.add_callback(RefuseFallback(planned.trainer, resources, config))
     planned.trainer.add_callback(ReportAtMilestones(planned, emit))
     planned.trainer.train()
 
@@ -69,15 +81,15 @@ class PlannedTrial:
 
 
 def plan_trial(
-    spec: SweepSpec, config: TrialConfig, sweep: Preparation, model: PreTrainedModel, output_dir: Path
+    spec: SweepSpec, config: TrialConfig, sweep: Preparation, model: PreTrainedModel, args: SFTConfig
 ) -> PlannedTrial:
     """Build the trainer of one trial over prepared data, and find the steps that its budget is."""
-    cache = Root(Path(spec.storage.root)).cache
+    cache = Root.of(spec).cache
     tokenizer = load_tokenizer(config["model"], cache)
     prepared = prepare_rows(spec, config["train"], tokenizer)
     refuse_changed_data(spec, prepared, sweep)
     rows = load_from_disk(str(prepared.train))
-    trainer = build_trainer(config, model, tokenizer, rows, output_dir)
+    trainer = build_trainer(config, model, tokenizer, rows, args)
     plan = plan_steps(trainer, milestones(sweep.tokens_per_trial, spec.budget.evals_per_trial))
     trainer.args.max_steps = plan.max_steps
     return PlannedTrial(trainer, plan, load_from_disk(str(prepared.eval)))
@@ -88,22 +100,34 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
-    output_dir: Path,
+    args: SFTConfig,
 ) -> SFTTrainer:
     """The trainer of one trial, over rows that are already tokenised and packed."""
-    return SFTTrainer(
+    kind = SFTTrainer if args.world_size == 1 else partial(WorkersTrainer, batch_of_one=_batch_of_one(config)[0])
+    return kind(
         model=model,
-        args=sft_config(config, output_dir),
+        args=args,
         train_dataset=train_rows,
         processing_class=tokenizer,
         peft_config=lora_config(config),
     )
 
 
-def sft_config(config: TrialConfig, output_dir: Path) -> SFTConfig:
-    """TRL's settings of one trial: the user's, and those the service owns."""
+def _batch_of_one(config: TrialConfig) -> tuple[int, int]:
+    """Rows in a batch and batches in a step of a trial that one worker trains."""
+    train = config["train"]
+    return train.get("per_device_train_batch_size", 8), train.get("gradient_accumulation_steps", 1)
+
+
+def sft_config(config: TrialConfig, output_dir: Path, resources: ResourcesSpec = ResourcesSpec()) -> SFTConfig:
+    """TRL's settings of one worker of a trial: the user's, and those the service owns.
+
+    Raises InfeasibleError where the workers cannot divide a step.
+    """
     train = {field: value for field, value in config["train"].items() if field not in _PREPARED_FIELDS}
     packing = train.pop("packing", "none")
+    size, accumulation = share_of_batch(*_batch_of_one(config), resources.workers_per_trial)
+    train |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     # The order of the data follows from the trial's own seed, not from what else seeds this process meanwhile.
     if train.get("data_seed") is None:
         train["data_seed"] = train.get("seed", DEFAULT_SEED)
@@ -124,6 +148,7 @@ def sft_config(config: TrialConfig, output_dir: Path) -> SFTConfig:
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
+        **sharing_arguments(resources),
     )
 
 
@@ -198,11 +223,12 @@ class ReportAtMilestones(TrainerCallback):
         if "loss" not in logs:  # the summary at the end of training
             return
         self._reporter.training_paused()
-        result = score(model, self._trial.eval_rows, args.per_device_eval_batch_size)
+        result = score(model, self._trial.eval_rows, args.per_device_eval_batch_size, args.device)
         report = self._reporter.report(
             state.global_step, state.epoch, logs["loss"], logs["learning_rate"], logs.get("grad_norm", 0.0), result
         )
-        self._emit(report, model.save_pretrained)
+        report = replace(report, peak_memory_bytes=largest_of_workers(report.peak_memory_bytes, args.device))
+        self._emit(report, partial(model.save_pretrained, state_dict=gather_weights(self._trial.trainer)))
         refuse_divergence(report)
         self._reporter.training_resumes()
 

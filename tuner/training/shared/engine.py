@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 
-from tuner.spec.layout import Root
+from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig
 from tuner.training.baseline import Preparation
@@ -21,7 +22,7 @@ from tuner.training.evaluation import Score
 from tuner.training.shared.joint import Document, JointModel, MicroBatch, share_weights
 from tuner.training.shared.lane import Lane, Tenancy
 from tuner.training.shared.slot import Slot
-from tuner.training.trial import plan_trial
+from tuner.training.trial import plan_trial, sft_config
 
 
 class Engine:
@@ -30,7 +31,7 @@ class Engine:
     def __init__(self, spec: SweepSpec, base: Any, sweep: Preparation, eval_rows: Path, lanes: int = 1):
         self._spec = spec
         self._sweep = sweep
-        self._folder = Root(Path(spec.storage.root)).sweep(spec.name)
+        self._folder = SweepFolder.of(spec)
         self.base = base
         self._eval_documents = _documents(eval_rows)
         self.threads = torch.get_num_threads()
@@ -87,7 +88,7 @@ class Engine:
         tenancy.lane.between_turns(tenancy.leave)  # no turn has it any more, and none will save it again
         for work in self._work.pop(number):
             work.result()
-        self._folder.trial_state(number).unlink(missing_ok=True)
+        self._folder.root.forget(self._folder.trial_state(number))
 
     def score_base(self) -> Score:
         """The base without any adapter, on the sweep's evaluation set."""
@@ -107,20 +108,28 @@ class Engine:
         if not tenancy.wanted:
             return
         with tenancy.ends_alone(), tempfile.TemporaryDirectory() as output_dir:
-            trial = plan_trial(self._spec, config, self._sweep, share_weights(self.base), Path(output_dir))
+            args = sft_config(config, Path(output_dir))
+            trial = plan_trial(self._spec, config, self._sweep, share_weights(self.base), args)
             lane, state = tenancy.lane, self._folder.trial_state(tenancy.number)
+            with suppress(FileNotFoundError):
+                self._folder.root.fetch(state)
             tenancy.enter(lane.between_turns(lambda: Slot(trial, lane.joint, state)))
 
     def _save(self, tenancy: Tenancy, report: Report) -> None:
         """Have an adapter written. Only then is its report known: whoever hears of an adapter finds it."""
-        report = replace(report, adapter_path=str(self._folder.adapter(tenancy.number, report.tokens)))
+        adapter = self._folder.adapter(tenancy.number, report.tokens)
+        report = replace(report, adapter_path=self._folder.root.address(adapter))
         assert tenancy.slot is not None
         write = tenancy.slot.snapshot(report)
         self._work[tenancy.number].append(self._writer.submit(self._write, tenancy, report, write))
 
     def _write(self, tenancy: Tenancy, report: Report, write: Callable[[Path, Path], None]) -> None:
         with tenancy.ends_alone():
-            write(Path(report.adapter_path or ""), self._folder.trial_state(tenancy.number))
+            folder = self._folder
+            adapter, state = folder.adapter(tenancy.number, report.tokens), folder.trial_state(tenancy.number)
+            write(adapter, state)
+            folder.root.keep(adapter)
+            folder.root.keep(state)
             tenancy.told(report)
 
 
