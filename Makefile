@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test check format bench readme clean
+.PHONY: setup demo test test-cluster check format bench readme clean
 
 # Makes .venv with the pinned versions; quick when nothing changed.
 setup: .venv/ready
@@ -33,6 +33,10 @@ check: setup
 
 test: check
 	$(BIN)/pytest -p no:cacheprovider
+
+# Longer sweeps on several nodes, each a raylet of its own on this machine; in network namespaces where that is allowed.
+test-cluster: setup
+	$(BIN)/pytest -p no:cacheprovider -m cluster
 
 format: setup
 	$(BIN)/ruff check --fix .

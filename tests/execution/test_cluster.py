@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from raylets import RAY, WRITTEN_DOWN, kill_with_family
 from real_sweeps import Command, write_spec
 
 import tuner
@@ -23,8 +24,6 @@ from tuner.spec.trial import Report
 
 pytestmark = pytest.mark.timeout(300)
 
-RAY = Path(sys.executable).with_name("ray")
-WRITTEN_DOWN = Path("/tmp/ray/ray_current_cluster")
 FORMATTER = """
 def as_pair(row):
     return {"prompt": row["question"], "completion": row["answer"]}
@@ -66,16 +65,6 @@ def left_behind() -> Iterator[None]:
         WRITTEN_DOWN.unlink()
     else:
         WRITTEN_DOWN.write_text(before)
-
-
-def kill_with_family(process: subprocess.Popen) -> None:
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.kill()
-    process.wait(10)
-    for one in family:
-        if one.is_running():
-            one.kill()
-    psutil.wait_procs(family, timeout=15)
 
 
 def ended(command: Command) -> tuple[int, list[str]]:

@@ -8,7 +8,7 @@ import pytest
 
 from tuner.errors import MachineError
 from tuner.execution import machine
-from tuner.execution.machine import Placement, place, refuse_what_would_hang
+from tuner.execution.machine import AHEAD, Placement, address_for_every_node, place, refuse_what_would_hang
 from tuner.spec.sweep import SweepSpec
 
 
@@ -72,6 +72,14 @@ def test_a_trial_that_fits_nowhere_is_refused_with_what_is_there(nodes, resource
         place(spec_with(**resources), nodes)
 
 
+def test_a_cluster_that_may_grow_is_waited_for():
+    placement = place(spec_with(gpus_per_worker=1), [{"CPU": 2}], fixed=False)
+    assert placement.concurrent == 0
+    assert placement.wanted([{"CPU": 2}]) == AHEAD  # what an autoscaler starts nodes for
+    assert placement.wanted([{"CPU": 16, "GPU": 8}] * 2) == 16 + AHEAD
+    assert place(spec_with(trials=3), [{"CPU": 2}], fixed=False).wanted([{"CPU": 64}]) == 3
+
+
 @pytest.mark.parametrize(
     ("address", "running", "message"),
     [
@@ -91,6 +99,20 @@ def test_a_host_on_which_a_sweep_would_hang_is_refused(address, running, message
 @pytest.mark.parametrize(("address", "running"), [("local", []), ("auto", ["10.0.0.1:6379"])])
 def test_one_cluster_is_fine(address, running):
     refuse_what_would_hang(address, running)
+
+
+@pytest.mark.parametrize(
+    ("address", "running", "expected"),
+    [
+        ("auto", {"10.0.0.1:6379"}, "10.0.0.1:6379"),
+        ("127.0.0.1:6379", {"10.0.0.1:6379"}, "10.0.0.1:6379"),
+        ("localhost:6379", {"10.0.0.1:6379"}, "10.0.0.1:6379"),
+        ("10.0.0.2:6379", {"10.0.0.1:6379"}, "10.0.0.2:6379"),
+        ("10.0.0.2:6379", set(), "10.0.0.2:6379"),
+    ],
+)
+def test_workers_on_other_nodes_get_an_address_that_leads_to_the_head(address, running, expected):
+    assert address_for_every_node(address, running) == expected
 
 
 def test_a_cluster_elsewhere_is_fine_when_somebody_answers():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
+from ray._private.services import find_gcs_addresses
 from ray._private.state import available_resources_per_node
 
 from tuner.errors import MachineError
@@ -75,9 +75,8 @@ def _connect(dashboard: bool) -> Any:
             port = server.getsockname()[1]
         os.environ[_STATE_API] = f"http://127.0.0.1:{port}"
         return ray.init("local", dashboard_port=port, include_dashboard=dashboard, **_QUIET)
-    # What runs already has an environment of its own. Its other nodes reach the head by no loopback address.
-    address = canonicalize_bootstrap_address(running.pop() if address == "auto" else address) or address
-    environment = {**_SETTINGS, "RAY_ADDRESS": address}
+    address = address_for_every_node(address, running)
+    environment = {**_SETTINGS, "RAY_ADDRESS": address}  # what runs already has an environment of its own
     return ray.init(address, runtime_env={"env_vars": environment}, **_QUIET)
 
 
@@ -85,6 +84,12 @@ def clusters_on_this_host() -> set[str]:
     """Addresses of every Ray cluster that has a process here, at this moment."""
     find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # set on the function itself
     return set(find_gcs_addresses())
+
+
+def address_for_every_node(address: str, running: Collection[str]) -> str:
+    """Where the cluster of this RAY_ADDRESS is for its other nodes, too: `auto` and loopback mean this host's."""
+    here = address == "auto" or address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
+    return next(iter(running)) if here and running else address
 
 
 def refuse_what_would_hang(address: str, running: Collection[str]) -> None:

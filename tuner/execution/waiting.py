@@ -21,7 +21,7 @@ class Waiting:
 
     def __init__(self, store: Store, placement: Placement, display: Display):
         self._store, self._placement, self._display = store, placement, display
-        self._look = time.monotonic() + PATIENCE_S
+        self._look = time.monotonic() + (PATIENCE_S if placement.concurrent else 0.0)
         self._said: str | None = None
 
     def note(self, placed: bool) -> None:
