@@ -36,9 +36,8 @@ def check_file(
 ) -> tuple[SweepSpec | None, list[Problem]]:
     """Return the spec and no problems, or None and every problem; raises `NotFoundError` where there is no file."""
     file = Path(path)
-    text = _read(file)
     try:
-        values = parse_yaml(text, str(path))
+        values = parse_yaml(_read(file), str(path))
         values = apply_overrides(values, overrides) if overrides else values
     except SpecError as error:
         return None, error.problems
