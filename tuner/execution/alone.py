@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -91,8 +90,8 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
 
     try:
         pipe.recv()
-        with tempfile.TemporaryDirectory() as output_dir:
-            run_trial(asked, config, Preparation(**facts), Path(output_dir), emit)
+        checkpoints = folder.trial_checkpoints(config["number"])
+        run_trial(asked, config, Preparation(**facts), checkpoints, emit, folder.root)
     except Exception as error:
         traceback.print_exc()  # into the trial's log, whose tail goes into the record
         pipe.send(replace(explain_failure(error), log_tail=tail(log)))

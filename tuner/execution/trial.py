@@ -35,6 +35,7 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = _folder(job)
+    (folder.trial(config["number"]) / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)  # Ray's, of a run before
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "job": job},
@@ -85,14 +86,14 @@ def train_worker(loop: dict[str, Any]) -> None:
         from tuner.training.trial import run_trial
 
         torch.set_num_threads(job["threads"])
-        with tempfile.TemporaryDirectory() as output_dir:
-            run_trial(
-                SweepSpec.model_validate(job["spec"]),
-                config,
-                Preparation(**job["preparation"]),
-                Path(output_dir),
-                lambda report, save: _emit(report, save, rank),
-            )
+        run_trial(
+            SweepSpec.model_validate(job["spec"]),
+            config,
+            Preparation(**job["preparation"]),
+            _folder(job).trial_checkpoints(config["number"]),
+            lambda report, save: _emit(report, save, rank),
+            _folder(job).root,
+        )
     except Exception:
         traceback.print_exc()  # into the trial's log, whose tail goes into the record
         raise

@@ -38,7 +38,7 @@ class Trials:
         config = self._search.ask()
         if config is not None:
             number = config["number"]
-            goes_on = self._store.folder.trial_state(number).exists()  # a slot that was cut off
+            goes_on = self._store.folder.goes_on(number)
             if not goes_on:
                 shutil.rmtree(self._store.folder.trial(number), ignore_errors=True)  # what an earlier attempt left
             self._store.start_trial(number, config, goes_on)
@@ -69,7 +69,9 @@ class Trials:
         ending = self._search.ending(number, failure)
         self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
         self._search.tell(number, ending)
-        self._store.folder.trial_state(number).unlink(missing_ok=True)
+        folder = self._store.folder
+        folder.root.forget(folder.trial_state(number))
+        folder.root.forget(folder.trial_checkpoints(number))
         keep_best_adapters(self._store)
         self._display.trial_finished(self._store.record(number))
 

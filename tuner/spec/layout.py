@@ -10,6 +10,10 @@ from tuner.errors import NotFoundError
 from tuner.spec.sweep import NAME
 
 
+CHECKPOINT_REPORT = "report.json"
+"""The last file of a trainer's checkpoint: one that has it is whole."""
+
+
 def default_root() -> Path:
     """The storage root when neither the spec nor the command names one."""
     return Path(os.environ.get("TUNER_ROOT", "runs")).resolve()
@@ -100,6 +104,16 @@ class SweepFolder:
     def trial_state(self, number: int) -> Path:
         """What a slot on the shared base needs to go on from its last evaluation."""
         return self.trial(number) / "state.safetensors"
+
+    def trial_checkpoints(self, number: int) -> Path:
+        """Where the trainer of a trial that is not a slot keeps what it needs to go on from its last evaluation."""
+        return self.trial(number) / "checkpoints"
+
+    def goes_on(self, number: int) -> bool:
+        """Whether the trial was cut off after an evaluation from which it can go on."""
+        checkpoints = self.trial_checkpoints(number)
+        states = [checkpoints / name / CHECKPOINT_REPORT for name in self.root.names(checkpoints)]
+        return any(map(self.root.exists, [self.trial_state(number), *states]))
 
     @staticmethod
     def adapter_name(tokens: int) -> str:

@@ -22,6 +22,7 @@ from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows, refuse_changed_data
 from tuner.training.budget import StepPlan, plan_steps
+from tuner.training.checkpoint import can_go_on, complete_checkpoint, newest_checkpoint
 from tuner.training.dataset import DEFAULT_SEED
 from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
@@ -52,8 +53,13 @@ _PREPARED_FIELDS = frozenset(
 )
 
 
-def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path, emit: Emit) -> None:
+def run_trial(
+    spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path, emit: Emit, root: Root | None = None
+) -> None:
     """Train one trial to the end of its budget, emitting a report at every milestone.
+
+    What it takes to go on from there is in `output_dir` before a report is emitted; a trial that finds it there goes
+    on, and emits that report again. `root` is that folder's, where it may be in an object store.
 
     Raises InfeasibleError when the point cannot be trained (diverged, a step larger than the budget's grain, or
     libraries that would share it among workers otherwise than was asked) and DataError when the data are not those the
@@ -67,8 +73,12 @@ def run_trial(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_d
     model = load_model(config["model"], cache, None if in_parts else args.device, quant_storage(resources))
     planned = plan_trial(spec, config, sweep, model, args)
     planned.trainer.add_callback(RefuseFallback(planned.trainer, resources, config))
-    planned.trainer.add_callback(ReportAtMilestones(planned, emit))
-    planned.trainer.train()
+    root = root or Root(output_dir)
+    cut_off = newest_checkpoint(output_dir, root)
+    if cut_off:
+        print(f"trial {config['number']} goes on from its last evaluation", flush=True)
+    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, cut_off and cut_off.report))
+    planned.trainer.train(resume_from_checkpoint=cut_off and str(cut_off.folder))
 
 
 @dataclass(frozen=True)
@@ -205,14 +215,19 @@ def refuse_divergence(report: Report) -> None:
 
 
 class ReportAtMilestones(TrainerCallback):
-    """Has the trainer log at every milestone, scores the model there, and emits one Report."""
+    """Has the trainer log at every milestone, scores the model there, has a checkpoint saved, and emits one Report."""
 
-    def __init__(self, trial: PlannedTrial, emit: Emit):
+    def __init__(self, trial: PlannedTrial, emit: Emit, root: Root, last: Report | None):
+        """`root` is where checkpoints last; `last` the newest report of a trial that goes on from there."""
         self._trial = trial
-        self._reporter = Reporter(trial.plan)
+        self._root = root
+        self._reporter = Reporter(trial.plan, last)
         self._emit = emit
+        self._report = last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._report is not None:
+            self._tell(kwargs["model"])
         self._reporter.training_resumes()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -223,13 +238,27 @@ class ReportAtMilestones(TrainerCallback):
         if "loss" not in logs:  # the summary at the end of training
             return
         self._reporter.training_paused()
+        kwargs["optimizer"].eval()  # a schedule-free one trains at other weights than it finds; steps turn it back
         result = score(model, self._trial.eval_rows, args.per_device_eval_batch_size, args.device)
         report = self._reporter.report(
             state.global_step, state.epoch, logs["loss"], logs["learning_rate"], logs.get("grad_norm", 0.0), result
         )
-        report = replace(report, peak_memory_bytes=largest_of_workers(report.peak_memory_bytes, args.device))
-        self._emit(report, partial(model.save_pretrained, state_dict=gather_weights(self._trial.trainer)))
-        refuse_divergence(report)
+        memory = largest_of_workers(report.peak_memory_bytes, args.device)
+        self._report = replace(report, peak_memory_bytes=memory)
+        if can_go_on(args) and report.is_finite() and state.global_step < self._trial.plan.max_steps:
+            control.should_save = True  # which the trainer does next
+        else:
+            self._tell(model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._report is not None
+        complete_checkpoint(self._trial.trainer, self._report, self._root)
+        self._tell(kwargs["model"])
+
+    def _tell(self, model: Any) -> None:
+        assert self._report is not None
+        self._emit(self._report, partial(model.save_pretrained, state_dict=gather_weights(self._trial.trainer)))
+        refuse_divergence(self._report)
         self._reporter.training_resumes()
 
 

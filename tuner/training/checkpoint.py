@@ -1,0 +1,69 @@
+"""What a trial of its own goes on from when it was cut off: its trainer's checkpoint at its last evaluation.
+
+The trainer writes optimizer, schedule, position in the data, random numbers and adapter, each worker its part. The
+report of that evaluation is put beside them last: a checkpoint without one is not whole, and nobody looks at it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from tuner.spec.layout import CHECKPOINT_REPORT, Root
+from tuner.spec.trial import Report
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, SFTTrainer
+
+_STATE_ELSEWHERE = ("galore", "apollo", "lomo", "adalomo")
+"""Optimizers whose state is no plain tensors, or not in their state at all: no checkpoint would hold it."""
+
+
+def can_go_on(args: SFTConfig) -> bool:
+    """Whether a trial with these settings, cut off, would go on as if it had not been; otherwise it begins again."""
+    return not str(args.optim.value).startswith(_STATE_ELSEWHERE)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one, as `Trainer.train(resume_from_checkpoint=...)` takes it, and the report that was made there."""
+
+    folder: Path
+    report: Report
+
+
+def newest_checkpoint(folder: Path, root: Root) -> Checkpoint | None:
+    """What the trial with this output folder goes on from; None where it is to begin."""
+    whole = [name for name in _checkpoints(folder, root) if root.exists(folder / name / CHECKPOINT_REPORT)]
+    if not whole:
+        return None
+    newest = root.fetch(folder / max(whole, key=lambda name: int(name.rpartition("-")[2])))
+    return Checkpoint(newest, Report.from_dict(json.loads((newest / CHECKPOINT_REPORT).read_text(encoding="utf-8"))))
+
+
+def complete_checkpoint(trainer: SFTTrainer, report: Report, root: Root) -> None:
+    """Say of the checkpoint that the trainer has just written that it is whole, and drop all others.
+
+    Every worker must call, when it has written its part.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    new = folder / f"checkpoint-{report.step}"
+    root.keep(new, stays=True)
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    if not trainer.is_world_process_zero():
+        return
+    draft = new / f"{CHECKPOINT_REPORT}.new"
+    draft.write_text(json.dumps(report.as_dict()), encoding="utf-8")
+    root.keep(draft.replace(new / CHECKPOINT_REPORT), stays=True)
+    for name in _checkpoints(folder, root):
+        if name != new.name:
+            root.forget(folder / name)
+
+
+def _checkpoints(folder: Path, root: Root) -> list[str]:
+    return [name for name in root.names(folder) if name.startswith("checkpoint-")]
