@@ -133,8 +133,8 @@ def test_the_next_command_can_be_typed_where_tuner_is_not_on_the_path(root, tmp_
 
 def test_the_next_command_names_the_root_that_the_spec_names(tmp_path):
     spec = make_spec(tmp_path / "elsewhere")
-    assert commands._root_of(spec, None) == tmp_path / "elsewhere"
-    assert commands._root_of(spec, Path("given")) == Path("given")
+    assert commands._root_of(spec, None) == str(tmp_path / "elsewhere")
+    assert commands._root_of(spec, "given") == "given"
     assert commands._root_of(make_spec(Path("runs").resolve()), None) is None
 
 

@@ -15,7 +15,7 @@ from tuner.results import query
 from tuner.results.ranking import best_trial
 from tuner.results.record import ACTIVE, SweepStatus, TrialRecord
 from tuner.results.store import Store, sweep_names
-from tuner.spec.layout import Root, SweepFolder, default_root
+from tuner.spec.layout import Root, SweepFolder, absolute_root, default_root
 from tuner.spec.load import load_spec as _load_spec
 from tuner.spec.sweep import SweepSpec
 
@@ -35,7 +35,7 @@ def load_spec(path: str | Path, *overrides: str, root: str | Path | None = None)
     `root` is where sweeps are kept: this argument, else TUNER_ROOT, else the spec's, else `runs`.
     Raises `SpecError` with every problem at once.
     """
-    return _load_spec(path, overrides, Path(root) if root else None)
+    return _load_spec(path, overrides, root)
 
 
 def run(
@@ -119,7 +119,7 @@ def overview(root: str | Path | None = None) -> list[dict[str, Any]]:
     """The rows of `sweeps()`, newest first. A sweep that cannot be read is listed with its problem."""
     place = _root(root)
     rows = []
-    for name in sweep_names(place.sweeps):
+    for name in sweep_names(place):
         try:
             rows.append({"name": name} | Sweep(Store.open(place.sweep(name))).summary())
         except TunerError as error:
@@ -135,7 +135,7 @@ def rollback(alias: str, root: str | Path | None = None) -> tuple[Version, Versi
 
 
 def _root(root: str | Path | None) -> Root:
-    return Root(Path(root).resolve() if root else default_root())
+    return Root.at(absolute_root(root) if root else default_root())
 
 
 class Sweep:

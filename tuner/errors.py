@@ -90,6 +90,17 @@ class NotShareable(TunerError):
     """A trial that cannot be a slot on the shared base: it needs a model of its own."""
 
 
+class AliasMoved(TunerError):
+    """Another node moved an alias after it was looked at: what was decided then may no longer be right."""
+
+    def __init__(self, alias: str):
+        super().__init__(alias)
+        self.alias = alias
+
+    def __str__(self) -> str:
+        return f"alias {self.alias!r} was moved by somebody else meanwhile: try again"
+
+
 class PromotionRefused(TunerError):
     """The gate said no; the alias stays where it was. `reasons` says why, one sentence each."""
 

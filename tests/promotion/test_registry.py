@@ -27,7 +27,9 @@ def publish_one(root: Root, alias: str = "production", forced: bool = False) -> 
         (working / "model").mkdir()
         (working / "model" / "manifest.json").write_text(json.dumps({"previous": before.name if before else None}))
         (working / "model" / "model.safetensors").write_bytes(next_version(root, alias).name.encode())
-        return publish(root, alias, working / "model", forced=forced)
+        version = next_version(root, alias)
+        publish(version, before, working / "model", forced=forced)
+        return version
 
 
 def name_of_current(root: Root) -> str | None:

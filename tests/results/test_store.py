@@ -228,7 +228,7 @@ def test_a_half_made_sweep_is_no_sweep(tmp_path):
     (tmp_path / "sweeps" / ".other.abcd").mkdir()
     (tmp_path / "sweeps" / ".other.abcd" / "spec.yaml").write_text("name: other")
     (tmp_path / "sweeps" / "empty").mkdir()
-    assert sweep_names(tmp_path / "sweeps") == ["pydoc-lora"]
+    assert sweep_names(Root(tmp_path)) == ["pydoc-lora"]
 
 
 def test_opening_creates_and_changes_nothing(tmp_path):

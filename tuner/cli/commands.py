@@ -72,7 +72,7 @@ app = typer.Typer(
 
 TrialNumber = Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")]
 RootOption = Annotated[
-    Path | None, typer.Option("--root", metavar="DIR", help="Folder of all sweeps (or set TUNER_ROOT). [runs]")
+    str | None, typer.Option("--root", metavar="DIR", help="Folder or s3:// URL of all sweeps (or TUNER_ROOT). [runs]")
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a key of the spec.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -170,7 +170,7 @@ def resume(
 
         address = jobs.address_of(address)
         client = jobs.connect(address, allow_unauthenticated_cluster)
-        job = jobs.resume_sweep(client, address, name, str(root) if root else None, join=follow)
+        job = jobs.resume_sweep(client, address, name, root, join=follow)
         raise typer.Exit(_print_job(job, follow))
     if follow or allow_unauthenticated_cluster:
         raise typer.BadParameter("--follow and --allow-unauthenticated-cluster go with --address")
@@ -187,7 +187,7 @@ def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
     from tuner.api import overview
     from tuner.cli.screens import show_overview
     from tuner.results.record import finite, iso
-    from tuner.spec.layout import default_root
+    from tuner.spec.layout import absolute_root, default_root
 
     rows = overview(root)
     if as_json:
@@ -196,7 +196,7 @@ def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
         show_overview(rows)
         say_next(f"status {rows[0]['name']}", root)
     else:
-        typer.echo(f"no sweeps in {root.resolve() if root else default_root()} yet")
+        typer.echo(f"no sweeps in {absolute_root(root) if root else default_root()} yet")
         say_next("run FILE", root)
 
 
@@ -370,7 +370,7 @@ def rollback(
     from tuner import api
 
     before, now = api.rollback(alias, root)
-    typer.echo(f"{alias}: {before.name} -> {now.name}, {now.path}")
+    typer.echo(f"{alias}: {before.name} -> {now.name}, {now.place}")
     say_next("ls", root)
 
 
@@ -382,15 +382,15 @@ def main() -> None:
 
 
 @contextmanager
-def _resumable(spec: SweepSpec, root: Path | None, not_begun: str = "") -> Iterator[None]:
+def _resumable(spec: SweepSpec, root: str | None, not_begun: str = "") -> Iterator[None]:
     """Say, as the last line after an interrupt, how to go on: by `not_begun` where there is no sweep yet."""
-    from tuner.spec.layout import Root
+    from tuner.spec.layout import SweepFolder
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts with SIGINT ignored
     try:
         yield
     except KeyboardInterrupt:
-        if Root(Path(spec.storage.root)).sweep(spec.name).spec.exists():
+        if SweepFolder.of(spec).exists():
             _say_how_to_resume(spec.name, _root_of(spec, root))
         else:
             typer.echo("interrupted before the sweep began", err=True)
@@ -398,12 +398,12 @@ def _resumable(spec: SweepSpec, root: Path | None, not_begun: str = "") -> Itera
         raise
 
 
-def _say_how_to_resume(name: str, root: Path | None) -> None:
+def _say_how_to_resume(name: str, root: str | None) -> None:
     typer.echo("interrupted; finished trials are kept", err=True)
     say_next(f"resume {name}", root, err=True)
 
 
-def _print_end(sweep: Sweep, root: Path | None) -> int:
+def _print_end(sweep: Sweep, root: str | None) -> int:
     """Print what came out of a sweep and return the exit code."""
     from tuner.cli.screens import show_best, show_endings, show_leaderboard, show_promoted
 
@@ -439,9 +439,9 @@ def _run_command(file: Path, overrides: list[str] | None) -> str:
     return f"run {shlex.quote(str(file))}" + "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
 
 
-def _root_of(spec: SweepSpec, root: Path | None) -> Path | None:
+def _root_of(spec: SweepSpec, root: str | None) -> str | None:
     """The root that later commands must be told: that of the option, or the spec's own where it is not the default."""
     from tuner.spec.layout import default_root
 
-    own = Path(spec.storage.root)
+    own = spec.storage.root
     return root or (None if own == default_root() else own)

@@ -35,14 +35,14 @@ class Asker:
 asker = Asker()
 
 
-def say_next(command: str, root: Path | str | None, err: bool = False, address: str | None = None) -> None:
+def say_next(command: str, root: str | None, err: bool = False, address: str | None = None) -> None:
     """Print the next command to type, with its root, as it can be typed here: by this one's path unless PATH has it.
 
     In a job it is typed where the job was asked for: with the cluster's address.
     """
     called, found = Path(sys.argv[0]), shutil.which("tuner")
     here = not asker.address and called.name == "tuner" and not (found and called.exists() and called.samefile(found))
-    at = f" --root {shlex.quote(str(root))}" if root else ""
+    at = f" --root {shlex.quote(root)}" if root else ""
     if address := address or asker.address:
         at += f" --address {shlex.quote(address)}"
     typer.echo(f"{shlex.quote(str(called)) if here else 'tuner'} {command}{at}", err=err)

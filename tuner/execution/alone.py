@@ -22,7 +22,7 @@ import ray
 
 from tuner.execution.endings import explain_failure, tail
 from tuner.execution.logs import log_process_to
-from tuner.spec.layout import Root
+from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
 
@@ -35,7 +35,7 @@ class TrialAlone:
     def __init__(self, spec: SweepSpec, threads: int):
         processes = multiprocessing.get_context("spawn" if ray.get_gpu_ids() else "forkserver")
         processes.set_forkserver_preload(_IMPORTED_BEFORE_A_FORK)
-        self._folder = Root(Path(spec.storage.root)).sweep(spec.name)
+        self._folder = SweepFolder.of(spec)
         self._pipe, theirs = processes.Pipe()
         arguments = (theirs, spec.model_dump(mode="json"), threads)
         self._process: Any = processes.Process(target=_train, args=arguments, daemon=True)  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
 
     torch.set_num_threads(threads)
     asked = SweepSpec.model_validate(spec)
-    folder = Root(Path(asked.storage.root)).sweep(asked.name)
+    folder = SweepFolder.of(asked)
     config, facts = pipe.recv()
     log = folder.trial_log(config["number"])
     log_process_to(log)
@@ -85,7 +85,8 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
     def emit(report: Report, save: Callable[[Path], None]) -> None:
         path = folder.adapter(config["number"], report.tokens)
         save(path)
-        pipe.send(replace(report, adapter_path=str(path)))
+        folder.root.keep(log, stays=True)
+        pipe.send(replace(report, adapter_path=folder.root.keep(path)))
         pipe.recv()
 
     try:
@@ -94,6 +95,7 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
         run_trial(asked, config, Preparation(**facts), checkpoints, emit, folder.root)
     except Exception as error:
         traceback.print_exc()  # into the trial's log, whose tail goes into the record
+        folder.root.keep(log, stays=True)
         pipe.send(replace(explain_failure(error), log_tail=tail(log)))
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from tuner.execution.alone import TrialAlone
 from tuner.execution.endings import explain_failure
 from tuner.execution.logs import log_process_to
 from tuner.execution.machine import Placement, cores_of_nodes, live_nodes
-from tuner.spec.layout import Root
+from tuner.spec.layout import SweepFolder
 from tuner.spec.sharing import why_apart, why_not_shared
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
@@ -111,7 +110,7 @@ class EngineActor:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for the next joint step leave the cores to others
         self._spec = SweepSpec.model_validate(spec)
-        self._folder = Root(Path(self._spec.storage.root)).sweep(self._spec.name)
+        self._folder = SweepFolder.of(self._spec)
         if self._folder.path.exists():  # at its first start it may be here before the sweep's folder is
             log_process_to(self._folder.log)
         import torch
@@ -203,7 +202,7 @@ class EngineActor:
         engine, number = self._serving(facts), config["number"]
         with self._making:
             if number not in self._attached:
-                if self._folder.trial_state(number).exists():
+                if self._folder.root.exists(self._folder.trial_state(number)):
                     print(f"trial {number} goes on from its last evaluation", flush=True)
                 engine.attach(config)
                 self._attached.add(number)
@@ -224,6 +223,6 @@ class EngineActor:
         with self._making:
             if self._engine is None:
                 sweep = Preparation(**facts)
-                rows = self._folder.eval_rows
+                rows = self._folder.root.fetch(self._folder.eval_rows)
                 self._engine = Engine(self._spec, self._base.result(), sweep, rows, sweep.lanes)
             return self._engine

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.errors import JobError, MachineError, TunerError
 from tuner.execution.events import BEGUN
+from tuner.spec.layout import absolute_root
 from tuner.spec.load import dump_spec
 from tuner.spec.sweep import SweepSpec
 
@@ -80,7 +81,7 @@ def resume_sweep(
 
 
 def _root_option(root: str | Path | None) -> list[str]:
-    return [f"--root={os.path.abspath(root)}"] if root else []
+    return [f"--root={absolute_root(root)}"] if root else []
 
 
 def call(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from tuner.errors import NotFoundError
+from tuner.errors import AliasMoved, NotFoundError
 from tuner.promotion.promote import Promotion, promote
 from tuner.results.record import TrialRecord
 from tuner.results.store import Store
@@ -23,19 +23,23 @@ def promote_trial(
     if record.report is None:
         raise NotFoundError(f"trial {record.number} of sweep {store.spec.name!r} has no finite result to promote")
     status = store.status()
-    promotion = promote(
-        store.spec,
-        record,  # type: ignore[arg-type]
-        record.report,
-        status.baseline,
-        eval_rows=store.folder.eval_rows,
-        eval_fingerprint=status.data["fingerprints"]["eval"],
-        data_fingerprint=status.data["fingerprints"]["data"],
-        sweep_folder=store.folder,
-        alias=alias,
-        force=force,
-        push_to_hub=push_to_hub,
-        progress=progress,
-    )
+    try:
+        promotion = promote(
+            store.spec,
+            record,  # type: ignore[arg-type]
+            record.report,
+            status.baseline,
+            eval_rows=store.folder.root.fetch(store.folder.eval_rows),
+            eval_fingerprint=status.data["fingerprints"]["eval"],
+            data_fingerprint=status.data["fingerprints"]["data"],
+            sweep_folder=store.folder,
+            alias=alias,
+            force=force,
+            push_to_hub=push_to_hub,
+            progress=progress,
+        )
+    except AliasMoved as moved:
+        progress(str(moved))
+        return promote_trial(store, record, alias, force, push_to_hub, progress)
     store.set_promoted({**asdict(promotion), "path": str(promotion.path)})
     return promotion

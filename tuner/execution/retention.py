@@ -1,8 +1,7 @@
-"""Which adapters stay on disk: a running trial's best and last, and in the end the best few trials' best."""
+"""Which adapters stay in storage: a running trial's best and last, and in the end the best few trials' best."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 
 from tuner.results.ranking import best_report, leaderboard
@@ -28,7 +27,8 @@ def keep_best_adapters(store: Store) -> None:
 
 
 def _drop(store: Store, number: int, reports: Iterable[Report]) -> None:
+    root = store.folder.root
     for report in reports:
         if report.adapter_path is not None:
             store.forget_adapter(number, report.tokens)  # first, so that no record names a folder that is gone
-            shutil.rmtree(report.adapter_path, ignore_errors=True)
+            root.forget(root.here(report.adapter_path))

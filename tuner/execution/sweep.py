@@ -19,7 +19,7 @@ from tuner.execution.promote import promote_trial
 from tuner.execution.search import search
 from tuner.execution.waiting import Waiting
 from tuner.results.ranking import best_trial
-from tuner.results.record import ACTIVE, TrialRecord
+from tuner.results.record import TrialRecord
 from tuner.results.store import Store
 from tuner.search.study import remaining_trials
 from tuner.spec.layout import SweepFolder
@@ -50,11 +50,10 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
 def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output: bool = False) -> Store:
     """Go on with a sweep that was cut off: finished trials stay, unfinished ones run again under their numbers."""
     store = Store.open(folder)
-    status = store.status().status
-    if status in ACTIVE:
-        raise TunerError(f"sweep {folder.name!r} is running already")
-    if status == "finished":
+    seen = store.status()
+    if seen.status == "finished":
         raise TunerError(f"sweep {folder.name!r} is finished: nothing to resume")
+    store.take_over(seen)
     display = display or Silent()
     if remaining_trials(store.spec, store.study) <= 0:
         with _driving(store, display, log_output):
@@ -88,6 +87,9 @@ def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]
     except Exception as error:
         store.set_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise
+    finally:
+        if log_output:
+            store.folder.root.keep(store.folder.log, stays=True)
 
 
 def _search(store: Store, engines: Engines, placement: Placement, display: Display) -> None:

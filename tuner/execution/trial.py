@@ -112,4 +112,4 @@ def _emit(report: Report, save: Callable[[Path], None], rank: int) -> None:
 
 def _folder(job: dict[str, Any]) -> SweepFolder:
     spec = job["spec"]
-    return Root(Path(spec["storage"]["root"])).sweep(spec["name"])
+    return Root.at(spec["storage"]["root"]).sweep(spec["name"])

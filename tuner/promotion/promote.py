@@ -46,7 +46,8 @@ class Promotion:
 
     alias: str
     version: str
-    path: Path
+    path: Path | str
+    """Of its folder; its URL where the storage root is an object store."""
     trial: int
     metric: str
     score_before: float
@@ -97,12 +98,13 @@ def promote(
 
     Raises:
         PromotionRefused: the checkpoint is broken or the gate said no; nothing is left behind.
+        AliasMoved: another node promoted meanwhile, and this model was not measured against that one.
         TunerError: the merge process failed; its last lines are in the message.
     """
     settings = spec.promotion or PromotionSpec()
     alias = alias or settings.alias
-    root = Root(Path(spec.storage.root))
-    checkpoint = _checkpoint(record, report)
+    root = Root.of(spec)
+    checkpoint = _checkpoint(root, record, report)
     base_figures, trial_figures = _figures(baseline, "untuned base"), _figures(report.as_dict(), "trial")
     with staging(root, alias) as working:
         before = current(root, alias)
@@ -119,11 +121,14 @@ def promote(
             goal=spec.objective.goal,
             trial_score=trial_figures[spec.objective.metric],
             max_regression=settings.max_regression,
-            incumbent=str(before.path) if before is not None and known is None else None,
+            incumbent=str(root.fetch(before.path)) if before is not None and known is None else None,
             samples=SAMPLES,
             parent=os.getpid(),
         )
-        outcome = run_fresh(job, working, sweep_folder.path / "promotion.log", progress)
+        try:
+            outcome = run_fresh(job, working, sweep_folder.promotion_log, progress)
+        finally:
+            root.keep(sweep_folder.promotion_log, stays=True)
         scores = Scores(
             baseline=base_figures,
             trial=trial_figures,
@@ -131,11 +136,12 @@ def promote(
             incumbent=known or (_figures(outcome["incumbent"], "promoted model") if outcome["incumbent"] else None),
         )
         reasons = _reasons(spec, settings, scores, outcome["reasons"], force)
+        version = next_version(root, alias)
         manifest = {
             **_origin(spec, record, report),
             **{key: outcome[key] for key in ("base", "chat", "dtype", "checkpoint")},
             "alias": alias,
-            "version": next_version(root, alias).name,
+            "version": version.name,
             "previous": before.name if before is not None else None,
             "data_fingerprint": data_fingerprint,
             "eval_fingerprint": eval_fingerprint,
@@ -145,17 +151,18 @@ def promote(
         }
         write_manifest(working / "model", manifest)
         write_card(working / "model", manifest, outcome["samples"])
-        version = publish(root, alias, working / "model", forced=bool(reasons), reasons=tuple(reasons))
+        publish(version, before, working / "model", forced=bool(reasons), reasons=tuple(reasons))
     pushed_to = _push(version, push_to_hub, progress) if push_to_hub else None
     return _promotion(version, manifest, spec.objective.metric, outcome["samples"], pushed_to)
 
 
-def _checkpoint(record: Trial, report: Report) -> str:
+def _checkpoint(root: Root, record: Trial, report: Report) -> str:
     if report.adapter_path is None:
         raise PromotionRefused([f"the adapter of trial {record.number} was not kept, see storage.keep_best"])
-    if not Path(report.adapter_path).is_dir():
-        raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"])
-    return report.adapter_path
+    try:
+        return str(root.fetch(root.here(report.adapter_path)))
+    except FileNotFoundError:
+        raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"]) from None
 
 
 def _known_scores(version: Version | None, eval_fingerprint: str) -> dict[str, float] | None:
@@ -211,7 +218,7 @@ def _promotion(
     return Promotion(
         alias=version.alias,
         version=version.name,
-        path=version.path,
+        path=version.place,
         trial=manifest["trial"],
         metric=metric,
         score_before=scores["trial"][metric],
@@ -233,4 +240,5 @@ def _push(version: Version, repository: str, progress: Progress) -> str:
     api = HfApi()
     api.create_repo(repository, private=True, exist_ok=True)
     message = f"{version.alias} {version.name}"
-    return str(api.upload_folder(repo_id=repository, folder_path=version.path, commit_message=message))
+    folder = version.root.fetch(version.path)
+    return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))

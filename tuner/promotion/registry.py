@@ -1,8 +1,13 @@
-"""Promoted models on disk: every version kept, and a link that always points at a whole one.
+"""Promoted models: every version kept, and an alias that always points at a whole one.
 
 models/ALIAS/v1, v2, ...     the versions, never changed once there
 models/ALIAS/current         a symbolic link to one of them, moved in one step
 models/ALIAS/history.jsonl   every move of the link, one JSON object a line
+
+An object store has neither links nor locks, but makes an object only once. There each move is an object, and the alias
+points where the last of them says:
+
+models/ALIAS/moves/00001.json, 00002.json, ...
 """
 
 from __future__ import annotations
@@ -21,12 +26,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from tuner.errors import NotFoundError
-from tuner.promotion.manifest import read_manifest
+from tuner.errors import AliasMoved, NotFoundError
+from tuner.promotion.manifest import MANIFEST
 from tuner.spec.layout import Root
 
 _CURRENT = "current"
 _HISTORY = "history.jsonl"
+_MOVES = "moves"
+_CLAIM = ".claimed"
 _INCOMING = ".incoming-"
 
 
@@ -34,50 +41,72 @@ _INCOMING = ".incoming-"
 class Version:
     """One promoted model."""
 
+    root: Root
     alias: str
     number: int
-    path: Path
 
     @property
     def name(self) -> str:
         return f"v{self.number}"
 
+    @property
+    def path(self) -> Path:
+        """Its folder; in an object store, where `root.fetch` puts it."""
+        return self.root.alias(self.alias) / self.name
+
+    @property
+    def place(self) -> Path | str:
+        """Where it lasts: its folder, or its URL in an object store."""
+        return self.path if self.root.url is None else self.root.address(self.path)
+
     def manifest(self) -> dict[str, Any]:
         """What `tuner.promotion.manifest` wrote beside the weights."""
-        return read_manifest(self.path)
+        return json.loads(self.root.read(self.path / MANIFEST))
 
 
 def versions(root: Root, alias: str) -> list[Version]:
     """Every version of an alias, oldest first; an empty list for an alias that has none."""
-    home = root.alias(alias)
-    if not home.is_dir():
-        return []
-    numbers = sorted(int(match[1]) for entry in home.iterdir() if (match := re.fullmatch(r"v(\d+)", entry.name)))
-    return [Version(alias, number, home / f"v{number}") for number in numbers]
+    known = [Version(root, alias, number) for number in _numbers(root, alias)]
+    return [version for version in known if root.exists(version.path)]
+
+
+def _numbers(root: Root, alias: str) -> list[int]:
+    """Every number that is taken, in an object store also by what is not whole, or never will be."""
+    return sorted(int(match[1]) for name in root.names(root.alias(alias)) if (match := re.fullmatch(r"v(\d+)", name)))
 
 
 def current(root: Root, alias: str) -> Version | None:
     """The version that the alias points at, or None; safe to call while another process promotes."""
-    link = root.alias(alias) / _CURRENT
-    if not link.is_symlink():
-        return None
-    target = os.readlink(link)
+    if root.url is not None:
+        moves = root.names(root.alias(alias) / _MOVES)
+        target = _move(root, alias, moves[-1])["to"] if moves else None
+    else:
+        link = root.alias(alias) / _CURRENT
+        target = os.readlink(link) if link.is_symlink() else None
     return next((version for version in versions(root, alias) if version.name == target), None)
 
 
 def history(root: Root, alias: str) -> list[dict[str, Any]]:
     """Every move of the alias, oldest first: `time`, `action`, `from`, `to`, `forced`, `reasons`."""
+    if root.url is not None:
+        return [_move(root, alias, name) for name in root.names(root.alias(alias) / _MOVES)]
     path = root.alias(alias) / _HISTORY
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _move(root: Root, alias: str, name: str) -> dict[str, Any]:
+    return json.loads(root.read(root.alias(alias) / _MOVES / name))
+
+
 @contextmanager
 def staging(root: Root, alias: str) -> Iterator[Path]:
-    """Hold the alias, against every other process, and yield an empty working folder to prepare the next version in.
+    """Yield an empty working folder to prepare the next version in, and hold the alias meanwhile.
 
-    What is still there at the end, or was left by a process that was killed, is removed.
+    It is held against every other process; where the root is an object store, against those of this node, and `publish`
+    refuses when another node was faster. What is still there at the end, or was left by a process that was killed, is
+    removed.
     """
     home = root.alias(alias)
     home.mkdir(parents=True, exist_ok=True)
@@ -93,22 +122,36 @@ def staging(root: Root, alias: str) -> Iterator[Path]:
 
 def next_version(root: Root, alias: str) -> Version:
     """The version that the next `publish` will make; certain only within `staging`."""
-    number = max((version.number for version in versions(root, alias)), default=0) + 1
-    return Version(alias, number, root.alias(alias) / f"v{number}")
+    return Version(root, alias, max(_numbers(root, alias), default=0) + 1)
 
 
-def publish(root: Root, alias: str, folder: Path, forced: bool = False, reasons: tuple[str, ...] = ()) -> Version:
-    """Make a complete folder, below the one `staging` gave, the next version and point the alias at it.
+def publish(
+    version: Version, before: Version | None, folder: Path, forced: bool = False, reasons: tuple[str, ...] = ()
+) -> None:
+    """Make a complete folder, below the one `staging` gave, this next version and point the alias at it.
 
-    Killed between its steps it leaves the alias where it was: the folder arrives whole, by one rename, and only then
-    does the link move.
+    Killed between its steps it leaves the alias where it was: the folder arrives whole, and only then does the alias
+    move. Raises AliasMoved, and leaves nothing, when the alias no longer points at `before`, or the version is there.
     """
-    version = next_version(root, alias)
-    before = current(root, alias)
+    if version.root.url is None:
+        os.replace(folder, version.path)
+    else:
+        _upload(version, folder)
+    try:
+        _point(version, "promote", before, forced, reasons)
+    except AliasMoved:
+        version.root.forget(version.path)
+        raise
+
+
+def _upload(version: Version, folder: Path) -> None:
+    """Put a folder where nobody else is putting one: whose claim comes second may not."""
+    try:
+        version.root.create(version.path / _CLAIM, "")
+    except FileExistsError:
+        raise AliasMoved(version.alias) from None
     os.replace(folder, version.path)
-    _point(version)
-    _record(version, "promote", before, forced, reasons)
-    return version
+    version.root.keep(version.path)
 
 
 def rollback(root: Root, alias: str) -> tuple[Version, Version]:
@@ -116,10 +159,12 @@ def rollback(root: Root, alias: str) -> tuple[Version, Version]:
 
     Raises:
         NotFoundError: the alias points at nothing, or at its first version, or the version before it was deleted.
+        AliasMoved: another node moved it meanwhile.
     """
     home = root.alias(alias)
     if current(root, alias) is None:
-        raise NotFoundError(f"alias {alias!r}: nothing is promoted under {home}")
+        raise NotFoundError(f"alias {alias!r}: nothing is promoted under {root.address(home)}")
+    home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
         present = current(root, alias)
         assert present is not None
@@ -129,8 +174,7 @@ def rollback(root: Root, alias: str) -> tuple[Version, Version]:
         target = next((version for version in versions(root, alias) if version.name == previous), None)
         if target is None:
             raise NotFoundError(f"alias {alias!r}: {previous}, which stood before {present.name}, is no longer there")
-        _point(target)
-        _record(target, "rollback", present, forced=False, reasons=())
+        _point(target, "rollback", present)
     return present, target
 
 
@@ -138,16 +182,10 @@ def _locked(home: Path) -> FileLock:
     return FileLock(home / ".lock")
 
 
-def _point(version: Version) -> None:
-    """Move the link in one step: a reader sees the old version or the new one, never neither."""
-    link = version.path.parent / _CURRENT
-    temporary = link.with_name(f".{_CURRENT}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(version.name)
-    os.replace(temporary, link)
-
-
-def _record(version: Version, action: str, before: Version | None, forced: bool, reasons: tuple[str, ...]) -> None:
+def _point(
+    version: Version, action: str, before: Version | None, forced: bool = False, reasons: tuple[str, ...] = ()
+) -> None:
+    """Move the alias in one step, and record that: a reader sees the old version or the new one, never neither."""
     move = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "action": action,
@@ -156,5 +194,28 @@ def _record(version: Version, action: str, before: Version | None, forced: bool,
         "forced": forced,
         "reasons": list(reasons),
     }
-    with (version.path.parent / _HISTORY).open("a", encoding="utf-8") as file:
+    root, home = version.root, version.path.parent
+    if root.url is not None:
+        _add_move(root, version.alias, move)
+        return
+    link = home / _CURRENT
+    temporary = link.with_name(f".{_CURRENT}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(version.name)
+    os.replace(temporary, link)
+    with (home / _HISTORY).open("a", encoding="utf-8") as file:
         file.write(json.dumps(move) + "\n")
+
+
+def _add_move(root: Root, alias: str, move: dict[str, Any]) -> None:
+    """Make the move the next one, unless the last is no longer the one that it was decided on."""
+    moves = root.alias(alias) / _MOVES
+    last = root.names(moves)[-1:]
+    points_at = _move(root, alias, last[0])["to"] if last else None
+    number = int(last[0].partition(".")[0]) + 1 if last else 1
+    try:
+        if points_at != move["from"]:
+            raise FileExistsError
+        root.create(moves / f"{number:05d}.json", json.dumps(move))
+    except FileExistsError:
+        raise AliasMoved(alias) from None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
 import sqlalchemy as sa
 
-from tuner.errors import Problem, SpecError
+from tuner.errors import Problem, SpecError, TunerError
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 
+_MAKES_TABLES = 0x7475_6E65_72
+"""Number of the lock, among those that programs agree on in PostgreSQL."""
 BUSY_TIMEOUT_S = 60
 """How long a connection to SQLite waits for another process to finish writing."""
 
@@ -21,8 +25,16 @@ def database_url(spec: SweepSpec, folder: SweepFolder, mode: str) -> sa.URL:
     """Where the records are. `${VAR}` is expanded here, at use: the password stands in no file and no message."""
     if spec.storage.study is None:
         return _sqlite_url(str(folder.study), mode)
-    url = sa.make_url(re.sub(r"\$\{(\w+)\}", _environment, spec.storage.study))
+    account, at, place = spec.storage.study.rpartition("@")
+    account = _VARIABLE.sub(lambda match: quote(_environment(match), safe=""), account)
+    try:
+        url = sa.make_url(account + at + _VARIABLE.sub(_environment, place))
+    except sa.exc.ArgumentError:  # whose words may quote what the variables hold
+        raise SpecError([Problem("storage.study", spec.storage.study, "an SQLAlchemy URL, once filled in")]) from None
     return _sqlite_url(url.database or "", mode) if url.get_backend_name() == "sqlite" else url
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def _environment(match: re.Match[str]) -> str:
@@ -35,6 +47,30 @@ def _environment(match: re.Match[str]) -> str:
 def _sqlite_url(path: str, mode: str) -> sa.URL:
     """An URL that creates the file only with mode `rwc`; a file that this user may only read is opened for reading."""
     return sa.URL.create("sqlite", database=f"file:{quote(path)}", query={"mode": mode, "uri": "true"})
+
+
+def connect(url: sa.URL) -> sa.Engine:
+    """An engine for a database. Raises `SpecError` where its driver is not installed."""
+    try:
+        return sa.create_engine(url, **engine_options(url))
+    except ModuleNotFoundError as error:
+        allowed = f"a database whose driver is installed; {error.name} is not"
+        raise SpecError([Problem("storage.study", url.drivername, allowed)]) from None
+
+
+@contextmanager
+def one_at_a_time(engine: sa.Engine) -> Iterator[None]:
+    """Of several who make tables in one PostgreSQL, let one go on: it refuses a table that another is just making.
+
+    Raises `TunerError` when the database does not answer, or refuses.
+    """
+    try:
+        with engine.connect() as connection, connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MAKES_TABLES)))
+            yield
+    except sa.exc.DBAPIError as error:
+        raise TunerError(f"storage.study: the database cannot be used: {error.orig}") from error
 
 
 def engine_options(url: sa.URL, durable: bool = True) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -21,12 +20,12 @@ import sqlalchemy as sa
 
 from tuner.errors import NotFoundError, TunerError
 from tuner.results import tables
-from tuner.results.database import database_url, engine_options
+from tuner.results.database import connect, database_url, engine_options, one_at_a_time
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.load import dump_spec
-from tuner.spec.sweep import SweepSpec
+from tuner.spec.sweep import NAME, SweepSpec
 from tuner.spec.text import parse_yaml
 from tuner.spec.trial import Outcome, Report, TrialConfig
 
@@ -44,25 +43,29 @@ class Store:
         self.spec = spec
         self.folder = folder
         self._url = url
-        self._engine = sa.create_engine(url, **engine_options(url))
+        self._engine = connect(url)
 
     @classmethod
     def create(cls, spec: SweepSpec) -> Store:
         """Claim the sweep's name, in the root and in the database, and write spec.yaml.
 
-        The folder is made under another name and renamed when it is complete, so that a reader finds a whole sweep or
-        none. Raises `TunerError` when the sweep exists.
+        The folder is made under another name and renamed when it is complete, or in an object store spec.yaml is put
+        there last, so that a reader finds a whole sweep or none. Raises `TunerError` when the sweep exists, or the
+        database does not take it.
         """
         cls.refuse_existing(spec)
-        folder = Root(Path(spec.storage.root)).sweep(spec.name)
-        draft = SweepFolder(folder.path.with_name(f".{folder.name}.{secrets.token_hex(4)}"))
+        folder = SweepFolder.of(spec)
+        draft = SweepFolder(folder.path.with_name(f".{folder.name}.{secrets.token_hex(4)}"), folder.root)
         draft.path.mkdir(parents=True)
         try:
             cls(spec, draft, database_url(spec, draft, "rwc"))._create_tables()
-            draft.spec.write_text(dump_spec(spec), encoding="utf-8")
-            draft.path.rename(folder.path)
+            if folder.root.url is None:
+                draft.root.create(draft.spec, dump_spec(spec))
+                draft.path.rename(folder.path)
+            else:
+                folder.root.create(folder.spec, dump_spec(spec))
         except OSError:
-            if folder.path.exists():  # somebody else was faster
+            if folder.exists():  # somebody else was faster
                 raise _already_there(folder) from None
             raise
         finally:
@@ -72,8 +75,8 @@ class Store:
     @staticmethod
     def refuse_existing(spec: SweepSpec) -> None:
         """Raise `TunerError` when a sweep of that name is there already."""
-        folder = Root(Path(spec.storage.root)).sweep(spec.name)
-        if folder.path.exists():
+        folder = SweepFolder.of(spec)
+        if folder.exists():
             raise _already_there(folder)
 
     @classmethod
@@ -82,10 +85,12 @@ class Store:
 
         Raises `NotFoundError`, and `TunerError` when its records are damaged or those of another version.
         """
-        if not folder.spec.exists():
-            raise NotFoundError(_no_such_sweep(folder))
-        asked = parse_yaml(folder.spec.read_text(encoding="utf-8"), str(folder.spec))
-        asked["storage"]["root"] = str(folder.path.parent.parent)  # the root may have moved since
+        try:
+            text = folder.root.read(folder.spec)
+        except FileNotFoundError:
+            raise NotFoundError(_no_such_sweep(folder)) from None
+        asked = parse_yaml(text, folder.root.address(folder.spec))
+        asked["storage"]["root"] = folder.root.place  # it may have moved since
         spec = SweepSpec.model_validate(asked)
         if spec.storage.study is None and not folder.study.exists():
             raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
@@ -99,18 +104,19 @@ class Store:
         if self._url.get_backend_name() == "sqlite":
             with self._engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-        storage = self._optuna_storage(create=True)
-        try:
-            optuna.create_study(study_name=self.spec.name, storage=storage, direction=self.spec.objective.goal)
-        except optuna.exceptions.DuplicatedStudyError:
-            raise TunerError(
-                f"the database of storage.study already holds a study {self.spec.name!r}, whose folder is not under "
-                f"{self.spec.storage.root}: choose another name, or the --root that it was started with"
-            ) from None
-        tables.METADATA.create_all(self._engine)
-        values = {"name": self.spec.name, "status": "queued", "spec": self.spec.model_dump(mode="json")}
-        with self._engine.begin() as connection:
-            connection.execute(tables.SWEEPS.insert().values(created=utc_now(), **values))
+        with one_at_a_time(self._engine):
+            storage = self._optuna_storage(create=True)
+            try:
+                optuna.create_study(study_name=self.spec.name, storage=storage, direction=self.spec.objective.goal)
+            except optuna.exceptions.DuplicatedStudyError:
+                raise TunerError(
+                    f"the database of storage.study already holds a study {self.spec.name!r}, whose folder is not "
+                    f"under {self.spec.storage.root}: choose another name, or the --root that it was started with"
+                ) from None
+            tables.METADATA.create_all(self._engine)
+            values = {"name": self.spec.name, "status": "queued", "spec": self.spec.model_dump(mode="json")}
+            with self._engine.begin() as connection:
+                connection.execute(tables.SWEEPS.insert().values(created=utc_now(), **values))
         storage.remove_session()
         storage.engine.dispose()
         self._engine.dispose()
@@ -233,15 +239,22 @@ class Store:
 
     def set_status(self, status: Status, message: str | None = None) -> None:
         """Record where the sweep stands. Who sets `preparing` or `running` becomes its driver."""
-        now = utc_now()
         values: dict[str, Any] = {"status": status, "message": message}
         if status in ACTIVE:
-            values |= {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": now, "finished": None}
-            values |= {"started": sa.func.coalesce(tables.SWEEPS.c.started, now), "resumed": now}
-            values["driven_s"] = self.status().elapsed_s
+            values |= _driven_from_here(self.status())
         elif status != "queued":
-            values["finished"] = now
+            values["finished"] = utc_now()
         self._update(values)
+
+    def take_over(self, seen: SweepStatus) -> None:
+        """Become the driver of a sweep that has none; of several who have seen it so, one does.
+
+        Raises `TunerError` when there is a driver.
+        """
+        unchanged = tables.SWEEPS.c.heartbeat.is_not_distinct_from(seen.heartbeat)
+        values = {"status": "preparing", "message": None, **_driven_from_here(seen)}
+        if seen.status in ACTIVE or not self._update(values, unchanged):
+            raise TunerError(f"sweep {self.spec.name!r} is running already")
 
     def set_message(self, message: str | None) -> None:
         """Record what the running sweep waits for; None when it goes on."""
@@ -263,9 +276,12 @@ class Store:
         """Record what was promoted, or `{"refused": [reasons]}`."""
         self._update({"promoted": finite(dict(promoted))})
 
-    def _update(self, values: Mapping[str, Any]) -> None:
+    def _update(self, values: Mapping[str, Any], condition: sa.ColumnElement[bool] | None = None) -> bool:
+        """Change the sweep's row, if a condition on it holds; return whether it did."""
+        mine = tables.SWEEPS.c.name == self.spec.name
         with self._engine.begin() as connection:
-            connection.execute(tables.SWEEPS.update().where(tables.SWEEPS.c.name == self.spec.name).values(values))
+            where = mine if condition is None else mine & condition
+            return connection.execute(tables.SWEEPS.update().where(where).values(values)).rowcount == 1
 
     def status(self) -> SweepStatus:
         """How the sweep stands, as seen from here: a driver that is gone makes it `interrupted`."""
@@ -276,6 +292,13 @@ class Store:
             raise NotFoundError(f"sweep {self.spec.name!r} is not in its database")
         status = tables.sweep_status(row)
         return status if status.status not in ACTIVE or driver_lives(status) else tables.interrupted(status)
+
+
+def _driven_from_here(before: SweepStatus) -> dict[str, Any]:
+    """What to record of a sweep that this process drives from now on."""
+    now = utc_now()
+    values = {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": now, "finished": None, "resumed": now}
+    return {**values, "started": sa.func.coalesce(tables.SWEEPS.c.started, now), "driven_s": before.elapsed_s}
 
 
 def driver_lives(status: SweepStatus) -> bool:
@@ -293,22 +316,23 @@ def driver_lives(status: SweepStatus) -> bool:
 
 
 def _already_there(folder: SweepFolder) -> TunerError:
-    if folder.spec.exists():
+    if folder.root.exists(folder.spec):
         return TunerError(
-            f"sweep {folder.name!r} exists already in {folder.path}: `tuner results {folder.name}` shows it, "
+            f"sweep {folder.name!r} exists already in {folder.address}: `tuner results {folder.name}` shows it, "
             f"`tuner resume {folder.name}` continues it if it was cut off, `--set name=...` gives this one another name"
         )
     return TunerError(f"{folder.path} exists but is no sweep (it has no spec.yaml): move it away")
 
 
 def _no_such_sweep(folder: SweepFolder) -> str:
-    names = sweep_names(folder.path.parent)
+    names = sweep_names(folder.root)
     near = get_close_matches(folder.name, names, n=3, cutoff=0.5)
     there = f"there: {', '.join(names[:10])}" if names else "there is none (--root or TUNER_ROOT say where to look)"
     hint = f"did you mean {' or '.join(near)}?" if near else there
-    return f"no sweep {folder.name!r} in {folder.path.parent}; {hint}"
+    return f"no sweep {folder.name!r} in {folder.root.address(folder.root.sweeps)}; {hint}"
 
 
-def sweep_names(sweeps: Path) -> list[str]:
-    """The names of the sweeps in a root's folder of sweeps, sorted."""
-    return sorted(path.parent.name for path in sweeps.glob("*/spec.yaml") if not path.parent.name.startswith("."))
+def sweep_names(root: Root) -> list[str]:
+    """The names of a root's sweeps, sorted."""
+    names = [name for name in root.names(root.sweeps) if NAME.fullmatch(name)]
+    return [name for name in names if root.exists(root.sweep(name).spec)]

@@ -10,7 +10,7 @@ from tuner.errors import Problem
 from tuner.spec.checks.clashes import check_clashes
 from tuner.spec.checks.data import check_data
 from tuner.spec.checks.fields import check_fields
-from tuner.spec.checks.paths import check_paths, check_study, make_absolute
+from tuner.spec.checks.paths import check_paths, check_storage, make_absolute
 from tuner.spec.checks.plan import check_plan
 from tuner.spec.checks.shape import check_shape
 from tuner.spec.checks.space import check_space
@@ -20,7 +20,7 @@ from tuner.spec.sweep import SweepSpec
 
 
 def check_values(
-    values: Any, base: Path, root: Path | None = None, elsewhere: bool = False
+    values: Any, base: Path, root: str | None = None, elsewhere: bool = False
 ) -> tuple[SweepSpec | None, list[Problem]]:
     """Hold the values of a spec against everything known; `base` is the folder that its paths start from.
 
@@ -42,7 +42,7 @@ def check_values(
     return spec, []
 
 
-CHECKS = (check_paths, check_study, check_data, check_fields, check_space, check_plan, check_clashes)
+CHECKS = (check_paths, check_storage, check_data, check_fields, check_space, check_plan, check_clashes)
 """Each takes a spec of the right shape and returns what is wrong with it."""
 
 

@@ -1,22 +1,38 @@
-"""Where every file lies. No other module joins a path below the storage root."""
+"""Where every file lies: on this node, and of a root in an object store what lasts there.
+
+No other module joins a path below the storage root.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import NotFoundError
-from tuner.spec.sweep import NAME
+from tuner.spec.objects import Objects, objects_at
+from tuner.spec.sweep import NAME, SweepSpec
 
 
 CHECKPOINT_REPORT = "report.json"
 """The last file of a trainer's checkpoint: one that has it is whole."""
 
 
-def default_root() -> Path:
+def default_root() -> str:
     """The storage root when neither the spec nor the command names one."""
-    return Path(os.environ.get("TUNER_ROOT", "runs")).resolve()
+    return absolute_root(os.environ.get("TUNER_ROOT", "runs"))
+
+
+def absolute_root(root: str | Path) -> str:
+    """A storage root as it means the same everywhere: an absolute path, or the URL of an object store."""
+    if is_object_store(str(root)):
+        return str(root).rstrip("/")
+    return os.path.abspath(os.path.expanduser(root))
+
+
+def is_object_store(root: str) -> bool:
+    return "://" in root
 
 
 def check_name(name: str, what: str) -> str:
@@ -28,9 +44,34 @@ def check_name(name: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class Root:
-    """Everything below one storage root."""
+    """Everything below one storage root.
+
+    Of a root in an object store each node has a folder of its own, to work in. What is to last is put into the store
+    with `keep` and is then no longer in that folder; who needs it takes it back with `fetch`. Where the root is a
+    folder, both are the same and nothing is copied.
+    """
 
     path: Path
+    """On this node."""
+    url: str | None = None
+    """Of an object store, such as s3://bucket/runs."""
+
+    @classmethod
+    def at(cls, place: str) -> Root:
+        """The root at an absolute path, or in an object store; TUNER_CACHE is then the folder to work in."""
+        if not is_object_store(place):
+            return cls(Path(place))
+        cache = os.environ.get("TUNER_CACHE") or os.path.expanduser("~/.cache/tuner")
+        return cls(Path(cache) / place.partition("://")[2], place)
+
+    @classmethod
+    def of(cls, spec: SweepSpec) -> Root:
+        return cls.at(spec.storage.root)
+
+    @property
+    def place(self) -> str:
+        """As `storage.root` names it."""
+        return self.url or str(self.path)
 
     @property
     def sweeps(self) -> Path:
@@ -43,14 +84,84 @@ class Root:
 
     @property
     def cache(self) -> Path:
-        """Tokenised data and converted base models, content-addressed; safe to delete."""
+        """Tokenised data and converted base models, content-addressed; safe to delete, and never put elsewhere."""
         return self.path / "cache"
 
     def sweep(self, name: str) -> SweepFolder:
-        return SweepFolder(self.sweeps / check_name(name, "sweep"))
+        return SweepFolder(self.sweeps / check_name(name, "sweep"), self)
 
     def alias(self, name: str) -> Path:
         return self.models / check_name(name, "alias")
+
+    # What lasts
+
+    def address(self, path: Path) -> str:
+        """How everybody names what lasts of a path below the root: the path itself, or its URL."""
+        return str(path) if self.url is None else f"{self.url}/{self._key(path)}"
+
+    def here(self, address: str) -> Path:
+        """The path on this node of what has an address."""
+        return Path(address) if self.url is None else self.path / address.removeprefix(f"{self.url}/")
+
+    def keep(self, path: Path, stays: bool = False) -> str:
+        """Have a finished file or folder last, and return its address; with `stays` it is still here afterwards."""
+        if self.url is not None:
+            self.objects.put(path, self._key(path))
+            if not stays:
+                _remove(path)
+        return self.address(path)
+
+    def fetch(self, path: Path) -> Path:
+        """The same path, with what lasts of it there now. Raises FileNotFoundError where nothing whole does."""
+        if self.url is not None:
+            self.objects.get(self._key(path), path)
+        elif not path.exists():
+            raise FileNotFoundError(path)
+        return path
+
+    def exists(self, path: Path) -> bool:
+        """Whether a file or folder lasts; in an object store, whether it is whole."""
+        return path.exists() if self.url is None else self.objects.exists(self._key(path))
+
+    def read(self, path: Path) -> str:
+        """The text of a file that lasts. Raises FileNotFoundError."""
+        return path.read_text(encoding="utf-8") if self.url is None else self.objects.read(self._key(path))
+
+    def create(self, path: Path, text: str) -> None:
+        """Write a file that must not be there yet: of several who try, one does. Raises FileExistsError."""
+        if self.url is not None:
+            self.objects.create(self._key(path), text)
+        else:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+
+    def names(self, path: Path) -> list[str]:
+        """What lies in a folder, sorted; nothing where there is none."""
+        if self.url is not None:
+            return self.objects.names(self._key(path))
+        return sorted(os.listdir(path)) if path.is_dir() else []
+
+    def forget(self, path: Path) -> None:
+        """Remove a file or folder, here and where it lasts, if it is there."""
+        if self.url is not None:
+            self.objects.delete(self._key(path))
+        _remove(path)
+
+    @property
+    def objects(self) -> Objects:
+        """The object store of a root that is one."""
+        assert self.url is not None
+        return objects_at(self.url)
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +169,19 @@ class SweepFolder:
     """Everything of one sweep."""
 
     path: Path
+    root: Root
+
+    @classmethod
+    def of(cls, spec: SweepSpec) -> SweepFolder:
+        return Root.of(spec).sweep(spec.name)
+
+    @property
+    def address(self) -> str:
+        return self.root.address(self.path)
+
+    def exists(self) -> bool:
+        """Whether the name is taken."""
+        return self.root.exists(self.path if self.root.url is None else self.spec)
 
     @property
     def name(self) -> str:
@@ -76,6 +200,11 @@ class SweepFolder:
     def log(self) -> Path:
         """What the libraries said in the driver."""
         return self.path / "sweep.log"
+
+    @property
+    def promotion_log(self) -> Path:
+        """What the libraries said in the processes that merged."""
+        return self.path / "promotion.log"
 
     @property
     def verify_log(self) -> Path:

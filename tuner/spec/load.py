@@ -41,12 +41,12 @@ def check_file(
         values = apply_overrides(values, overrides) if overrides else values
     except SpecError as error:
         return None, error.problems
-    return check_values(values, file.absolute().parent, Path(root) if root else None, elsewhere)
+    return check_values(values, file.absolute().parent, str(root) if root else None, elsewhere)
 
 
 def parse_spec(values: Mapping[str, Any], base: str | Path, root: str | Path | None = None) -> SweepSpec:
     """Return the spec of plain values; its paths start from the folder `base`. Raises `SpecError`."""
-    spec, problems = check_values(values, Path(base).absolute(), Path(root) if root else None)
+    spec, problems = check_values(values, Path(base).absolute(), str(root) if root else None)
     if spec is None:
         raise SpecError(problems)
     return spec

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tuner.errors import Problem
 from tuner.spec.checks.words import any_of, nearest, show
-from tuner.spec.sweep import ModelSpec, SweepSpec
+from tuner.spec.layout import absolute_root, is_object_store
+from tuner.spec.sweep import ModelSpec, StorageSpec, SweepSpec
 
 PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -23,7 +24,7 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and _FILE.search(text) is None
 
 
-def make_absolute(spec: SweepSpec, base: Path, root: Path | None) -> SweepSpec:
+def make_absolute(spec: SweepSpec, base: Path, root: str | None) -> SweepSpec:
     """Return the spec with its paths absolute: those of the spec from `base`, the storage from the current folder.
 
     The storage root is `root`, else TUNER_ROOT, else what the spec says.
@@ -37,8 +38,8 @@ def make_absolute(spec: SweepSpec, base: Path, root: Path | None) -> SweepSpec:
     train = dict(spec.train)
     if isinstance(template := train.get("chat_template_path"), str):
         train["chat_template_path"] = _absolute(template, base)
-    folder = os.path.abspath(os.path.expanduser(root or os.environ.get("TUNER_ROOT") or storage.root))
-    storage = storage.model_copy(update={"root": folder, "study": _absolute_study(storage.study)})
+    place = absolute_root(root or os.environ.get("TUNER_ROOT") or storage.root)
+    storage = storage.model_copy(update={"root": place, "study": _absolute_study(storage.study)})
     return spec.model_copy(update={"model": model, "data": data, "train": train, "storage": storage})
 
 
@@ -59,7 +60,7 @@ def check_paths(spec: SweepSpec) -> list[Problem]:
     places = {"model.name": spec.model.name, "data.path": spec.data.path, "data.eval_path": spec.data.eval_path}
     places["train.chat_template_path"] = spec.train.get("chat_template_path")
     missing = [_missing(key, place) for key, place in places.items() if isinstance(place, str) and _is_missing(place)]
-    return [*missing, *_check_model(spec.model)]
+    return [*missing, *_check_model(spec.model), *_check_installed(spec.storage)]
 
 
 def _is_missing(place: str) -> bool:
@@ -98,18 +99,40 @@ def _check_model(model: ModelSpec) -> list[Problem]:
     return [Problem("model.gguf_file", show(model.gguf_file), allowed, nearest(model.gguf_file, files))]
 
 
-def check_study(spec: SweepSpec) -> list[Problem]:
-    """Find a `storage.study` that is no URL, or that holds a secret."""
-    url = spec.storage.study
+def _check_installed(storage: StorageSpec) -> list[Problem]:
+    """Find a place of the storage that only an extra of this package reaches, which is not installed."""
+    needs = {
+        "storage.root": (storage.root, "s3://", "obstore", "s3"),
+        "storage.study": (storage.study or "", "postgres", "psycopg", "postgres"),
+    }
+    return [
+        Problem(key, f"{start}...", f"what is installed here (pip install 'tuner[{extra}]')")
+        for key, (place, start, module, extra) in needs.items()
+        if place.startswith(start) and importlib.util.find_spec(module) is None
+    ]
+
+
+_EXAMPLE = "postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"
+
+
+def check_storage(spec: SweepSpec) -> list[Problem]:
+    """Find a `storage` that no sweep can be kept in: places of an unknown kind, or a secret in what is kept."""
+    root, url = spec.storage.root, spec.storage.study
+    problems = []
+    if is_object_store(root):
+        if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]*(/[\w.=-]+)*", root):
+            problems.append(Problem("storage.root", show(root), "a folder, or s3://BUCKET/PREFIX"))
+        if url is None or url.startswith("sqlite"):
+            got = "null, SQLite" if url is None else "SQLite"
+            problems.append(Problem("storage.study", got, f"a database beside an object store, such as {_EXAMPLE}"))
     if url is None:
-        return []
-    example = "postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"
+        return problems
     if not re.match(r"[a-z][a-z0-9]*(\+[a-z0-9]+)?://|\$\{", url):
-        return [Problem("storage.study", show(url), f"an SQLAlchemy URL, such as {example}, or null")]
-    password = re.match(r"[^/]+://[^/@]*:([^/]*)@", url)
-    if password and not re.fullmatch(r"\$\{\w+\}", password[1]):
+        got = "something with an @ in it" if "@" in url else show(url)  # maybe a password
+        return [*problems, Problem("storage.study", got, f"an SQLAlchemy URL, such as {_EXAMPLE}, or null")]
+    passwords = re.findall(r"^[^/]+//[^:/@]*:(.*)@|[?&]password=([^&]*)", url)
+    if any(not re.fullmatch(r"\$\{\w+\}", one or other) for one, other in passwords):
         # The spec is copied into the sweep's folder: what stands in it is no secret.
-        return [
-            Problem("storage.study", "a URL with a password in it", f"the password as a variable, such as {example}")
-        ]
-    return []
+        allowed = f"the password as a variable, such as {_EXAMPLE}"
+        problems.append(Problem("storage.study", "a URL with a password in it", allowed))
+    return problems
