@@ -23,7 +23,7 @@ def refuse_what_a_node_lacks(spec: SweepSpec) -> None:
     Where there is one node, it is this one, on which the spec was checked: all that is asked is whether it may write.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    look = ray.remote(_lacking).options(num_cpus=0, max_retries=0)
+    look = ray.remote(num_cpus=0, max_retries=0)(_lacking)
     with _mark(spec.storage.root) as marks:
         if len(nodes) == 1:
             return
