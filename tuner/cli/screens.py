@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from tuner.cli.output import asker
 from tuner.results.ranking import best_trial
 from tuner.results.record import SweepStatus, TrialRecord, iso, outcome_counts
 from tuner.results.text import (
@@ -64,8 +65,11 @@ def print_line(console: Console, text: str, style: str = "") -> None:
 
 
 def from_here(path: str | None) -> str | None:
-    """A path as it can be typed in the working directory: relative to it, where it lies below."""
-    if path is None or not Path(path).is_relative_to(Path.cwd()):
+    """A path as it can be typed in the working directory: relative to it, where it lies below.
+
+    A job's working directory is its own, and Ray's to delete: whoever asked is elsewhere.
+    """
+    if path is None or asker.address or not Path(path).is_relative_to(Path.cwd()):
         return path
     return str(Path(path).relative_to(Path.cwd()))
 
@@ -191,6 +195,8 @@ def sharing_text(sharing: dict[str, Any] | None) -> str:
     """In words, how the trials of a sweep use the base."""
     if not sharing:
         return "not decided yet"
+    if strategy := sharing.get("strategy"):
+        return f"each trial has its own base: {sharing['reason']}; {strategy['reason']}"
     if not sharing["slots"]:
         return f"each trial has its own base: {sharing['reason']}"
     slots, engines = sharing["slots"], sharing["engines"]

@@ -7,6 +7,7 @@ import hashlib
 import http
 import ipaddress
 import json
+import logging
 import os
 import shlex
 import tempfile
@@ -119,6 +120,8 @@ def connect(address: str, allow_unauthenticated: bool = False) -> JobSubmissionC
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for teller in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(teller).setLevel(logging.WARNING)  # of every upload
     before = os.environ.get(_RAYS_OWN_ADDRESS)
     os.environ[_RAYS_OWN_ADDRESS] = address  # or RAY_ADDRESS would overrule what was asked for
     try:
