@@ -59,6 +59,10 @@ class Engines:
         self.actors += started
         return started
 
+    def strategy(self) -> dict[str, Any]:
+        """How the workers of a trial share it, why, and what memory that takes: `Chosen` as a plain dict."""
+        return ray.get(self.actors[0].strategy.remote())
+
     def close(self) -> None:
         """End the processes and free what they hold of the cluster."""
         while self.actors:
@@ -162,6 +166,13 @@ class EngineActor:
             return 0, 0, refusal
         plan = plan_slots(self._spec, self._serving(facts), Preparation(**facts), engines)
         return plan.slots, plan.lanes, plan.reason
+
+    @ray.method(max_task_retries=0)
+    def strategy(self) -> dict[str, Any]:
+        """How the workers of a trial are to share it, judged by this process's device."""
+        from tuner.training.memory import choose_strategy
+
+        return choose_strategy(self._spec, self._folder.root.cache).as_dict()
 
     def _why_not_joint(self) -> str | None:
         from tuner.training.dataset import eval_max_length

@@ -176,6 +176,10 @@ def place(spec: SweepSpec, nodes: Sequence[Mapping[str, float]], fixed: bool = T
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
     worker = {"CPU": float(asked.cpus_per_worker)} | ({"GPU": gpus} if gpus else {})
+    if asked.strategy == "fsdp" and not gpus:
+        raise MachineError(
+            "resources.strategy is fsdp, which becomes ddp on workers without a GPU: use ddp, zero1, zero2 or zero3"
+        )
     most = min(asked.max_concurrent_trials or spec.budget.trials, spec.budget.trials)
     ahead = 0 if fixed else AHEAD
     placement = Placement(asked.workers_per_trial, worker, asked.cpus_per_worker, 0, most, ahead)

@@ -20,10 +20,16 @@ from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
 from tuner.spec.trial import Ending, Report, TrialConfig
 
 
-def search_on_tune(store: Store, trials: Trials, facts: dict[str, Any], placement: Placement, waiting: Waiting) -> None:
-    """Run trials until there are no more or the search is halted. `facts` is the sweep's `Preparation` as a dict."""
+def search_on_tune(
+    store: Store, trials: Trials, facts: dict[str, Any], placement: Placement, waiting: Waiting, strategy: str
+) -> None:
+    """Run trials until there are no more or the search is halted. `facts` is the sweep's `Preparation` as a dict.
+
+    `strategy` is how the workers of each share it, now that it is known.
+    """
+    resources = store.spec.resources.model_copy(update={"strategy": strategy})
     job = {
-        "spec": store.spec.model_dump(mode="json"),
+        "spec": store.spec.model_copy(update={"resources": resources}).model_dump(mode="json"),
         "preparation": facts,
         "workers": placement.workers,
         "resources": placement.resources,

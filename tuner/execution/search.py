@@ -27,7 +27,10 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     most = min(placement.most, most_at_once(spec))
     slots, lanes, reason = _slots(spec, facts, engines, most, display)
     count = len(engines.actors) if slots else 0
-    store.set_sharing({"slots": slots, "engines": count, "reason": reason})
+    strategy = engines.strategy() if spec.resources.on_ray_train else None
+    store.set_sharing({"slots": slots, "engines": count, "reason": reason, "strategy": strategy})
+    if strategy:
+        display.stage(f"The workers of a trial share it by {strategy['reason']}")
     display.stage(f"{slots} slots on the shared base ({reason})" if slots else f"Each trial has its own base: {reason}")
     at_once = min(slots * count, most) if slots else placement.concurrent
     display.stage(f"Searching: {trials.remaining} trials, {min(at_once, trials.remaining)} at a time")
@@ -37,13 +40,13 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
             places = Places(engines.actors, slots, most, engines.more)
             run_in_places(trials, places, {**facts, "lanes": lanes}, ahead, waiting)
         engines.close()  # what they hold of the cluster is the dedicated trials' now
-        if not slots and placement.workers == 1:
+        if not slots and strategy is None:
             with start_workers(spec, placement) as places:
                 run_in_places(trials, places, facts, ahead, waiting)
-        elif not slots:
+        elif strategy:
             from tuner.execution.on_tune import search_on_tune  # Tune and Ray Train take half a second to import
 
-            search_on_tune(store, trials, facts, placement, waiting)
+            search_on_tune(store, trials, facts, placement, waiting, strategy["name"])
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt

@@ -36,7 +36,7 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     Store.refuse_existing(spec)
     display = display or Silent()
     display.stage("Starting Ray")
-    with ray_cluster(dashboard=spec.resources.workers_per_trial > 1) as nodes:
+    with ray_cluster(dashboard=spec.resources.on_ray_train) as nodes:
         placement = place(spec, nodes, fixed=not others_use_it())
         refuse_what_a_node_lacks(spec)
         with start_engines(spec, placement) as engines:  # first, because it imports for seconds
@@ -60,7 +60,7 @@ def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output
             _conclude(store, display)
         return store
     display.stage("Starting Ray")
-    with ray_cluster(dashboard=store.spec.resources.workers_per_trial > 1) as nodes:
+    with ray_cluster(dashboard=store.spec.resources.on_ray_train) as nodes:
         placement = place(store.spec, nodes, fixed=not others_use_it())
         refuse_what_a_node_lacks(store.spec)
         prepared = _known_facts(store) is not None

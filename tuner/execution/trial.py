@@ -67,7 +67,7 @@ def explain(error: TrainingFailedError, log: Path) -> Ending:
         failures = list(error.worker_failures.values())
     elif isinstance(error, ControllerError):
         failures = [error.controller_failure]
-    telling = ("oom", "diverged", "budget", "data", "refused", "worker-lost", "bug")
+    telling = ("oom", "diverged", "budget", "strategy", "data", "refused", "worker-lost", "bug")
     endings = [explain_failure(failure) for failure in failures]
     ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
     return replace(ending, log_tail=tail(log))

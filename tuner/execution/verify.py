@@ -12,6 +12,7 @@ from typing import Any
 from tuner.errors import NotFoundError
 from tuner.results.record import TrialRecord
 from tuner.results.store import Store
+from tuner.spec.sweep import ResourcesSpec
 from tuner.spec.trial import Report, TrialConfig
 
 FIGURES = ("step", "trained_tokens", "learning_rate", "train_loss", "grad_norm", "eval_loss", "mean_token_accuracy")
@@ -76,8 +77,9 @@ def verify_trial(store: Store, record: TrialRecord) -> Comparison:
             raise _Enough
 
     config: Any = record.config
+    alone = store.spec.model_copy(update={"resources": ResourcesSpec()})
     with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
-        run_trial(store.spec, config, sweep, Path(folder), emit)
+        run_trial(alone, config, sweep, Path(folder), emit)
     return Comparison(record.number, recorded, tuple(rerun), *_bound(config))
 
 

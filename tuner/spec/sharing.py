@@ -64,6 +64,8 @@ def _of_all_trials(spec: SweepSpec) -> Iterator[str]:
         yield "full fine-tuning changes every weight of the base"
     if spec.resources.workers_per_trial > 1:
         yield f"a trial has {spec.resources.workers_per_trial} workers"
+    elif spec.resources.on_ray_train:
+        yield f"resources.strategy is {spec.resources.strategy}"
     for key in spec.space:
         if key.startswith("model."):
             yield f"{key} is searched: the trials have different bases"

@@ -137,6 +137,11 @@ class ResourcesSpec(Section):
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of one worker; null: one where there is one.")
     max_concurrent_trials: int | None = Field(None, ge=1, description="At most so many at once; null: what fits.")
 
+    @property
+    def on_ray_train(self) -> bool:
+        """Whether a trial runs in workers of Ray Train: it has several, or is sharded, which even one can be."""
+        return self.workers_per_trial > 1 or self.strategy not in ("auto", "ddp")
+
 
 class PromotionSpec(Section):
     """What it takes for the best trial to get the alias."""
