@@ -237,7 +237,7 @@ def test_the_end_of_a_run_says_why_nothing_was_promoted(tmp_path, capsys):
 def test_a_run_without_a_successful_trial_ends_with_1_and_points_at_a_trial(tmp_path, capsys):
     failed = [Made([], "FAILED", "error", "no such file")]
     make_sweep(tmp_path, failed, status=None).set_status("failed", "no trial completed its budget")
-    assert commands._print_end(tuner.open("pydoc-lora", tmp_path), tmp_path) == 1
+    assert commands._print_end(tuner.open("pydoc-lora", tmp_path), str(tmp_path)) == 1
     printed = capsys.readouterr()
     assert "trial 0 FAILED: error: no such file" in printed.out
     assert "no trial completed its budget" in printed.err

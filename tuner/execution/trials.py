@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ class Trials:
 
     def __init__(self, store: Store, facts: dict[str, Any], display: Display):
         self.halt = Halt(store, display)
+        store.hold_study()
         self._search = Search(store.spec, store.study, facts["tokens_per_trial"])
         self._store = store
         self._display = display
@@ -37,10 +37,10 @@ class Trials:
             return None
         config = self._search.ask()
         if config is not None:
-            number = config["number"]
-            goes_on = self._store.folder.goes_on(number)
+            number, folder = config["number"], self._store.folder
+            goes_on = folder.goes_on(number)
             if not goes_on:
-                shutil.rmtree(self._store.folder.trial(number), ignore_errors=True)  # what an earlier attempt left
+                folder.root.forget(folder.trial(number))  # what an earlier attempt left
             self._store.start_trial(number, config, goes_on)
             self._search.recall(number, [Report.from_dict(row) for row in self._store.reports([number])])
             self._running.add(number)
