@@ -35,7 +35,8 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = _folder(job)
-    (folder.trial(config["number"]) / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)  # Ray's, of a run before
+    # Ray Train would go on from what it has noted of a run before, and refuse when an adapter of that is gone.
+    (folder.trial(config["number"]) / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "job": job},

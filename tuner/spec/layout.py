@@ -14,7 +14,6 @@ from tuner.errors import NotFoundError
 from tuner.spec.objects import Objects, objects_at
 from tuner.spec.sweep import NAME, SweepSpec
 
-
 CHECKPOINT_REPORT = "report.json"
 """The last file of a trainer's checkpoint: one that has it is whole."""
 
