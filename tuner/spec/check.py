@@ -14,6 +14,7 @@ from tuner.spec.checks.paths import check_paths, check_storage, make_absolute
 from tuner.spec.checks.plan import check_plan
 from tuner.spec.checks.shape import check_shape
 from tuner.spec.checks.space import check_space
+from tuner.spec.checks.strategies import check_strategy
 from tuner.spec.checks.words import show
 from tuner.spec.defaults import fill_defaults
 from tuner.spec.sweep import SweepSpec
@@ -42,7 +43,7 @@ def check_values(
     return spec, []
 
 
-CHECKS = (check_paths, check_storage, check_data, check_fields, check_space, check_plan, check_clashes)
+CHECKS = (check_paths, check_storage, check_data, check_fields, check_space, check_plan, check_clashes, check_strategy)
 """Each takes a spec of the right shape and returns what is wrong with it."""
 
 

@@ -87,8 +87,9 @@ def choose_strategy(spec: SweepSpec, cache: Path) -> Chosen:
     whole = needs("ddp")
     if whole.total <= USABLE * room:
         return told("ddp")
-    if config["model"]["quantization"] == "int8":
-        return told("ddp", ": too much, but int8 weights cannot be sharded")
+    quantization, dtype = config["model"]["quantization"], config["model"]["dtype"]
+    if quantization == "int8" or (quantization == "nf4" and dtype != "bfloat16"):
+        return told("ddp", f": too much, but {quantization} weights of a {dtype} model cannot be sharded")
     left = "" if needs("fsdp").total <= USABLE * room else ", likely too much: use more workers, or offload"
     return told("fsdp", f", {whole} with ddp{left}")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from tuner.errors import Problem
 from tuner.spec.checks.words import any_of, nearest, show
@@ -40,7 +42,22 @@ def make_absolute(spec: SweepSpec, base: Path, root: str | None) -> SweepSpec:
         train["chat_template_path"] = _absolute(template, base)
     place = absolute_root(root or os.environ.get("TUNER_ROOT") or storage.root)
     storage = storage.model_copy(update={"root": place, "study": _absolute_study(storage.study)})
-    return spec.model_copy(update={"model": model, "data": data, "train": train, "storage": storage})
+    resources = spec.resources.model_copy(update={"deepspeed": _read_settings(spec.resources.deepspeed, base)})
+    return spec.model_copy(
+        update={"model": model, "data": data, "train": train, "storage": storage, "resources": resources}
+    )
+
+
+def _read_settings(settings: str | dict[str, Any] | None, base: Path) -> str | dict[str, Any] | None:
+    """What stands in a JSON file of DeepSpeed's settings, so that workers need no file; its path if it is none."""
+    if not isinstance(settings, str):
+        return settings
+    path = Path(_absolute(settings, base))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return str(path)  # `check_strategy` says what is wrong with it
+    return found if isinstance(found, dict) else str(path)
 
 
 def _absolute(text: str, base: Path) -> str:
