@@ -62,7 +62,7 @@ def run(trials: int, evals: int, nodes: Any) -> float:
         spec = make_spec(Path(root), budget=budget, stopping={"type": "none"}, search={"sampler": "tpe"})
         store = Store.create(spec)
         store.set_status("running")
-        facts = {"tokens_per_trial": 1000 * evals, "data": {}, "baseline": {}}
+        facts = {"tokens_per_trial": 1000 * evals, "data": {}, "baseline": {"eval_loss": 4.0}}
         started = time.perf_counter()
         engine: Any = ray.remote(NoEngine).options(num_cpus=0, max_concurrency=2 * AT_ONCE)
         search(store, facts, Engines([engine.remote()]), place(spec, nodes), Silent())

@@ -19,6 +19,7 @@ from tuner.spec.trial import Ending, Report, TrialConfig, milestones
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 BUDGET = 900
+BASELINE = 4.0
 SPACE: dict[str, Any] = {
     "lora.r": {"type": "choice", "values": [4, 8]},
     "train.learning_rate": {"type": "log_uniform", "low": 1e-4, "high": 1e-2},
@@ -62,7 +63,7 @@ def run(search: Search, curve: Callable[[TrialConfig, int], float]) -> Iterable[
 def test_every_sampler_runs_the_number_of_trials_asked_for_and_leaves_none_running(sampler, tmp_path):
     spec = spec_with(tmp_path, search={"sampler": sampler, "startup_trials": 2})
     study = study_for(spec)
-    endings = [ending.outcome for _, ending in run(Search(spec, study, BUDGET), lambda c, t: 3 - t / 1000)]
+    endings = [ending.outcome for _, ending in run(Search(spec, study, BUDGET, BASELINE), lambda c, t: 3 - t / 1000)]
     assert endings == ["COMPLETED"] * 6
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 6
 
@@ -73,7 +74,9 @@ def test_a_grid_is_tried_once_each(tmp_path):
         "lora.lora_dropout": {"type": "uniform", "low": 0.0, "high": 0.2, "step": 0.1},
     }
     spec = spec_with(tmp_path, trials=6, space=space, search={"sampler": "grid"})
-    points = [tuple(c["point"].values()) for c, _ in run(Search(spec, study_for(spec), BUDGET), lambda c, t: 1.0)]
+    points = [
+        tuple(c["point"].values()) for c, _ in run(Search(spec, study_for(spec), BUDGET, BASELINE), lambda c, t: 1.0)
+    ]
     assert sorted((r, round(d, 6)) for r, d in points) == [(r, d) for r in (4, 8) for d in (0.0, 0.1, 0.2)]
 
 
@@ -81,7 +84,7 @@ def test_optuna_sees_every_evaluation_at_its_token_count_and_the_best_value(tmp_
     spec = spec_with(tmp_path, trials=1)
     study = study_for(spec)
     u_shaped = lambda config, tokens: 2 + abs(tokens - 400) / 1000  # noqa: E731
-    list(run(Search(spec, study, BUDGET), u_shaped))
+    list(run(Search(spec, study, BUDGET, BASELINE), u_shaped))
     (trial,) = study.trials
     assert list(trial.intermediate_values) == [100, 200, 300, 400, 500, 600, 700, 800, 900]
     assert trial.value == 2.0  # the bottom of the curve, not its end
@@ -91,7 +94,7 @@ def test_asha_prunes_the_worse_and_lets_the_better_finish(tmp_path):
     spec = spec_with(tmp_path, trials=9, stopping={"type": "asha", "grace_evals": 1, "reduction_factor": 3})
     study = study_for(spec)
     flat = lambda config, tokens: 2 + config["number"] / 10  # noqa: E731 (ever worse: only the first is worth finishing)
-    endings = [ending for _, ending in run(Search(spec, study, BUDGET), flat)]
+    endings = [ending for _, ending in run(Search(spec, study, BUDGET, BASELINE), flat)]
     assert [e.outcome for e in endings] == ["COMPLETED"] + ["STOPPED"] * 8
     assert endings[1].reason == "asha at 100 tokens"
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] + [TrialState.PRUNED] * 8
@@ -100,7 +103,7 @@ def test_asha_prunes_the_worse_and_lets_the_better_finish(tmp_path):
 def test_nothing_is_stopped_during_its_grace(tmp_path):
     spec = spec_with(tmp_path, trials=4, stopping={"type": "asha", "grace_evals": 3, "reduction_factor": 2})
     study = study_for(spec)
-    list(run(Search(spec, study, BUDGET), lambda config, tokens: 2 + config["number"] / 10))
+    list(run(Search(spec, study, BUDGET, BASELINE), lambda config, tokens: 2 + config["number"] / 10))
     assert {max(t.intermediate_values) for t in study.trials if t.state == TrialState.PRUNED} == {300}
 
 
@@ -119,7 +122,7 @@ def test_a_trial_that_improves_no_more_completes_early_with_its_best(objective, 
     stopping = {"type": "none", "patience": 2, "min_delta": min_delta}
     spec = spec_with(tmp_path, trials=1, objective=objective, stopping=stopping)
     study = study_for(spec)
-    search = Search(spec, study, BUDGET)
+    search = Search(spec, study, BUDGET, BASELINE)
     number = search.ask()["number"]
     for tokens, loss in zip(milestones(BUDGET, 9), losses, strict=True):
         if search.report(number, report(tokens, loss, 3 - loss)):
@@ -137,10 +140,10 @@ def test_patience_goes_on_where_the_trial_was_cut_off(tmp_path):
     spec = spec_with(tmp_path, trials=1, stopping={"type": "none", "patience": 3})
     study = study_for(spec)
     before = [report(100, 2.0), report(200, 2.1)]
-    first = Search(spec, study, BUDGET)
+    first = Search(spec, study, BUDGET, BASELINE)
     number = first.ask()["number"]
     assert not any(first.report(number, one) for one in before)
-    second = Search(spec, study, BUDGET)
+    second = Search(spec, study, BUDGET, BASELINE)
     second.ask()
     second.recall(number, before)
     assert [second.report(number, one) for one in (before[-1], report(300, 2.1), report(400, 2.1))] == [
@@ -153,20 +156,22 @@ def test_patience_goes_on_where_the_trial_was_cut_off(tmp_path):
 @pytest.mark.parametrize("rule", ["hyperband", "median"])
 def test_other_rules_stop_bad_trials_too(rule, tmp_path):
     spec = spec_with(tmp_path, trials=16, stopping={"type": rule, "grace_evals": 1, "reduction_factor": 3})
-    outcomes = [e.outcome for _, e in run(Search(spec, study_for(spec), BUDGET), lambda c, t: 2 + c["number"] / 10)]
+    outcomes = [
+        e.outcome for _, e in run(Search(spec, study_for(spec), BUDGET, BASELINE), lambda c, t: 2 + c["number"] / 10)
+    ]
     assert {"COMPLETED", "STOPPED"} == set(outcomes)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.01 * BASELINE])
 def test_a_trial_that_diverges_is_infeasible_and_the_samplers_know(value, tmp_path):
     spec = spec_with(tmp_path, trials=2)
     study = study_for(spec)
-    search = Search(spec, study, BUDGET)
+    search = Search(spec, study, BUDGET, BASELINE)
     diverging = lambda config, tokens: value if tokens == 300 and config["number"] == 0 else 2.0  # noqa: E731
     endings = [ending for _, ending in run(search, diverging)]
     assert [e.outcome for e in endings] == ["INFEASIBLE", "COMPLETED"]
     assert endings[0].cause == "diverged"
-    assert endings[0].reason == f"eval_loss is {value} after 300 tokens"
+    assert endings[0].reason == f"eval_loss is {value:.4g} after 300 tokens"
     assert [sum(v for v in t.constraints.values()) for t in study.trials] == [1.0, 0.0]
     assert study.best_trial.number == 1
 
@@ -174,7 +179,7 @@ def test_a_trial_that_diverges_is_infeasible_and_the_samplers_know(value, tmp_pa
 def test_a_failure_is_recorded_but_teaches_the_sampler_nothing(tmp_path):
     spec = spec_with(tmp_path, trials=1)
     study = study_for(spec)
-    search = Search(spec, study, BUDGET)
+    search = Search(spec, study, BUDGET, BASELINE)
     number = search.ask()["number"]
     search.report(number, report(100, 0.1))
     ending = search.ending(number, Ending("FAILED", "bug", "ValueError: no"))
@@ -184,7 +189,7 @@ def test_a_failure_is_recorded_but_teaches_the_sampler_nothing(tmp_path):
 
 
 def test_a_trial_that_vanishes_is_a_failure_with_a_reason(tmp_path):
-    search = Search(spec := spec_with(tmp_path), study_for(spec), BUDGET)
+    search = Search(spec := spec_with(tmp_path), study_for(spec), BUDGET, BASELINE)
     number = search.ask()["number"]
     assert search.ending(number) == Ending("FAILED", "worker-lost", "the trial's process ended without a word")
 
@@ -192,12 +197,12 @@ def test_a_trial_that_vanishes_is_a_failure_with_a_reason(tmp_path):
 def test_an_unfinished_trial_is_asked_again_under_its_number_with_its_values(tmp_path):
     spec = spec_with(tmp_path, trials=3)
     study = study_for(spec)
-    first = Search(spec, study, BUDGET)
+    first = Search(spec, study, BUDGET, BASELINE)
     finished = next(iter(run(first, lambda c, t: 2.0)))[0]
     cut_off = first.ask()
     first.report(cut_off["number"], report(100, 2.5))
 
-    second = Search(spec, study, BUDGET)
+    second = Search(spec, study, BUDGET, BASELINE)
     assert second.remaining == 2
     again = second.ask()
     assert (again["number"], again["point"]) == (cut_off["number"], cut_off["point"])
@@ -213,7 +218,7 @@ def test_an_unfinished_trial_is_asked_again_under_its_number_with_its_values(tmp
 def test_known_points_are_tried_first(tmp_path):
     point = {"lora.r": 8, "train.learning_rate": 5e-4}
     spec = spec_with(tmp_path, search={"sampler": "random", "enqueue": [point, {"lora.r": 4}]})
-    search = Search(spec, study_for(spec), BUDGET)
+    search = Search(spec, study_for(spec), BUDGET, BASELINE)
     assert search.ask()["point"] == point
     assert search.ask()["point"]["lora.r"] == 4
 
@@ -224,7 +229,7 @@ def test_a_condition_decides_which_keys_a_point_has(tmp_path):
         "train.packing": {"type": "choice", "values": ["none", "bfd"]},
     }
     spec = spec_with(tmp_path, trials=12, space=space, train={"max_length": 64})
-    points = [config["point"] for config, _ in run(Search(spec, study_for(spec), BUDGET), lambda c, t: 1.0)]
+    points = [config["point"] for config, _ in run(Search(spec, study_for(spec), BUDGET, BASELINE), lambda c, t: 1.0)]
     assert {p["train.packing"] for p in points} == {"none", "bfd"}
     assert all(("train.neftune_noise_alpha" in p) == (p["train.packing"] == "bfd") for p in points)
 
@@ -232,7 +237,7 @@ def test_a_condition_decides_which_keys_a_point_has(tmp_path):
 def test_a_quantised_log_uniform_is_a_multiple_of_its_step(tmp_path):
     space = {"train.learning_rate": {"type": "log_uniform", "low": 1e-4, "high": 1e-2, "step": 1e-4}}
     spec = spec_with(tmp_path, trials=8, space=space, search={"sampler": "random"})
-    for config, _ in run(Search(spec, study_for(spec), BUDGET), lambda c, t: 1.0):
+    for config, _ in run(Search(spec, study_for(spec), BUDGET, BASELINE), lambda c, t: 1.0):
         multiple = config["train"]["learning_rate"] / 1e-4
         assert multiple == pytest.approx(round(multiple))
 
@@ -240,7 +245,7 @@ def test_a_quantised_log_uniform_is_a_multiple_of_its_step(tmp_path):
 def test_maximising_accuracy_keeps_the_highest(tmp_path):
     spec = spec_with(tmp_path, trials=1, objective={"metric": "mean_token_accuracy", "goal": "maximize"})
     study = study_for(spec)
-    search = Search(spec, study, BUDGET)
+    search = Search(spec, study, BUDGET, BASELINE)
     number = search.ask()["number"]
     for tokens, accuracy in zip(milestones(BUDGET, 9), [0.1, 0.3, 0.6, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4], strict=True):
         search.report(number, report(tokens, 2.0, accuracy))

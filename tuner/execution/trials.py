@@ -20,7 +20,7 @@ class Trials:
     def __init__(self, store: Store, facts: dict[str, Any], display: Display):
         self.halt = Halt(store, display)
         store.hold_study()
-        self._search = Search(store.spec, store.study, facts["tokens_per_trial"])
+        self._search = Search(store.spec, store.study, facts["tokens_per_trial"], facts["baseline"]["eval_loss"])
         self._store = store
         self._display = display
         self._running: set[int] = set()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _FEASIBILITY = "infeasible"
 """Name of the one constraint: 1 for a point that could not be trained, 0 for every other."""
 
+FAR_ABOVE = 2.0
+"""A trial whose eval_loss is so many times the untuned base's has diverged, finite as it may be."""
+
 
 def remaining_trials(spec: SweepSpec, study: optuna.Study) -> int:
     """How many trials are still to be run, or to be run again."""
@@ -36,8 +39,10 @@ class Search:
     Trials that an earlier run left unfinished are proposed again first, under their own numbers.
     """
 
-    def __init__(self, spec: SweepSpec, study: optuna.Study, tokens_per_trial: int):
+    def __init__(self, spec: SweepSpec, study: optuna.Study, tokens_per_trial: int, baseline_loss: float):
+        """`baseline_loss` is the untuned base's eval_loss; a trial far above it has diverged."""
         self._spec = spec
+        self._hopeless = FAR_ABOVE * baseline_loss
         self._study = study
         self._budget = tokens_per_trial
         trials = study.get_trials(deepcopy=False)
@@ -74,8 +79,8 @@ class Search:
         trial = self._trials[number]
         value: float = getattr(report, self._spec.objective.metric)
         trial.report(value, step=report.tokens)
-        if not report.is_finite():
-            reason = f"eval_loss is {report.eval_loss} after {report.trained_tokens} tokens"
+        if not report.is_finite() or report.eval_loss > self._hopeless:
+            reason = f"eval_loss is {report.eval_loss:.4g} after {report.trained_tokens} tokens"
             self._endings[number] = Ending("INFEASIBLE", "diverged", reason)
             return True
         values = self._values.setdefault(number, {})
