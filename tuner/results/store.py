@@ -132,8 +132,16 @@ class Store:
     # The study and its trials
 
     @cached_property
-    def _storage(self) -> optuna.storages.RDBStorage:
+    def _storage(self) -> optuna.storages.BaseStorage:
         return self._optuna_storage(create=False)
+
+    def hold_study(self) -> None:
+        """Be the study's only writer from now on, who needs no query to know what is in it."""
+        from tuner.results.held import HeldStorage
+
+        for known in ("study", "_study_id"):
+            self.__dict__.pop(known, None)
+        self._storage = HeldStorage(self._optuna_storage(create=False), self.spec.name)
 
     @cached_property
     def study(self) -> optuna.Study:
@@ -220,10 +228,12 @@ class Store:
         reports: dict[int, list[Report]] = {}
         for row in self.reports(numbers):
             reports.setdefault(row["trial"], []).append(Report.from_dict(row))
+        trials = self.study.get_trials(deepcopy=False)
+        asked = trials if numbers is None else [trials[number] for number in sorted(numbers) if number < len(trials)]
         return [
             tables.record(trial, reports.get(trial.number, []), self._best_of)
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state != optuna.trial.TrialState.WAITING and (numbers is None or trial.number in numbers)
+            for trial in asked
+            if trial.state != optuna.trial.TrialState.WAITING
         ]
 
     def record(self, number: int) -> TrialRecord:
