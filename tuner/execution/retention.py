@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from tuner.results.ranking import best_report, leaderboard
 from tuner.results.store import Store
@@ -16,14 +16,18 @@ def drop_worse_adapters(store: Store, number: int) -> None:
     _drop(store, number, [report for report in reports if report.tokens not in keep])
 
 
-def keep_best_adapters(store: Store) -> None:
-    """Of the trials that have ended, keep the best adapter of the `storage.keep_best` best that completed."""
-    ended = [record for record in store.trials(store.with_adapters()) if record.outcome != "RUNNING"]
+def keep_best_adapters(store: Store, numbers: Collection[int]) -> set[int]:
+    """Of those of these trials that have ended, keep the best adapter of the `storage.keep_best` best that completed.
+
+    Returns the trials whose adapters are kept.
+    """
+    ended = [record for record in store.trials(numbers) if record.outcome != "RUNNING"]
     completed = [record for record in ended if record.outcome == "COMPLETED"]
     kept = {record.number for record in leaderboard(completed, store.spec.objective)[: store.spec.storage.keep_best]}
     for record in ended:
         best = record.report.tokens if record.report and record.number in kept else None
         _drop(store, record.number, [report for report in record.reports if report.tokens != best])
+    return kept
 
 
 def _drop(store: Store, number: int, reports: Iterable[Report]) -> None:

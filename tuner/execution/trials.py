@@ -25,6 +25,7 @@ class Trials:
         self._display = display
         self._running: set[int] = set()
         self._failures: dict[int, Ending] = {}
+        self._kept = set(store.with_adapters())
 
     @property
     def remaining(self) -> int:
@@ -72,7 +73,7 @@ class Trials:
         folder = self._store.folder
         folder.root.forget(folder.trial_state(number))
         folder.root.forget(folder.trial_checkpoints(number))
-        keep_best_adapters(self._store)
+        self._kept = keep_best_adapters(self._store, self._kept | {number})
         self._display.trial_finished(self._store.record(number))
 
     def end_the_rest(self) -> None:
