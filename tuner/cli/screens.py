@@ -285,7 +285,13 @@ def show_spec(spec: SweepSpec) -> None:
     budget = spec.budget
     per_trial = {"tokens": budget.tokens_per_trial, "steps": budget.steps_per_trial, "epochs": budget.epochs_per_trial}
     amount = " ".join(f"{value:,} {unit}" for unit, value in per_trial.items() if value is not None)
-    limit = f", at most {duration(budget.time_limit)}" if budget.time_limit else ""
+    limits = [
+        budget.time_limit and duration(budget.time_limit),
+        budget.tokens and f"{budget.tokens:,} tokens",
+        budget.gpu_hours and f"{budget.gpu_hours:g} GPU-hours",
+        budget.disk and f"{budget.disk / 1e9:g} GB on disk",
+    ]
+    limit = "".join(f", at most {limit}" for limit in limits if limit)
     facts = {
         "sweep": spec.name,
         "model": f"{spec.model.name}, {spec.model.dtype}, quantization {spec.model.quantization}",

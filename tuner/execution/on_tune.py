@@ -11,9 +11,10 @@ import ray
 from ray import tune
 from ray.tune.stopper import Stopper
 
+from tuner.execution.halt import Halt
 from tuner.execution.machine import Placement, free_nodes, live_nodes
 from tuner.execution.trial import FAILURE, PLACED, dedicated_trial
-from tuner.execution.trials import Halt, Trials
+from tuner.execution.trials import Trials
 from tuner.execution.waiting import Waiting
 from tuner.results.store import Store
 from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
@@ -54,7 +55,7 @@ def search_on_tune(
         if FAILURE in result:
             trials.failed(number, Ending(**json.loads(result[FAILURE])))
             return False
-        return trials.reported(number, Report.from_dict({**result, "adapter_path": result["checkpoint_path"]}))
+        return trials.reported(number, Report.from_dict(result))
 
     def ended(number: int) -> None:
         groups.ended(number)

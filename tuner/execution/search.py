@@ -34,6 +34,8 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     display.stage(f"{slots} slots on the shared base ({reason})" if slots else f"Each trial has its own base: {reason}")
     at_once = min(slots * count, most) if slots else placement.concurrent
     display.stage(f"Searching: {trials.remaining} trials, {min(at_once, trials.remaining)} at a time")
+    gpus = placement.resources.get("GPU", 0.0)
+    trials.halt.gpus_per_trial = gpus / slots if slots else gpus * placement.workers
     ahead = milestones(facts["tokens_per_trial"], spec.budget.evals_per_trial)
     with trials.halt:
         if slots:

@@ -1,13 +1,11 @@
-"""The trials of a running sweep: what is asked, reported and ended becomes records; and what ends them all."""
+"""The trials of a running sweep: what is asked, reported and ended becomes records."""
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from typing import Any
 
 from tuner.execution.events import Display
+from tuner.execution.halt import Halt
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.results.store import Store
 from tuner.search.study import Search
@@ -51,6 +49,7 @@ class Trials:
     def reported(self, number: int, report: Report) -> bool:
         """Take one evaluation; return True when the trial should stop now."""
         self._store.add_report(number, report)
+        self.halt.spend(number, report)
         drop_worse_adapters(self._store, number)
         self._display.trial_reported(number, report)
         return self._search.report(number, report)
@@ -66,7 +65,7 @@ class Trials:
         if self.halt.interrupted and not self._search.is_decided(number):
             return  # whatever it was: it stays unfinished, for `tuner resume`
         if self.halt.reason and failure is None:
-            failure = Ending("STOPPED", "time limit", self.halt.reason)
+            failure = Ending("STOPPED", self.halt.cause, self.halt.reason)
         ending = self._search.ending(number, failure)
         self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
         self._search.tell(number, ending)
@@ -80,43 +79,3 @@ class Trials:
         """Those that were running when all were told to stop, of which nobody has said more."""
         for number in sorted(self._running):
             self.ended(number)
-
-
-class Halt:
-    """Ends the search between two results: on the first Ctrl-C or SIGTERM, or when the time is up."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, store: Store, display: Display):
-        self._limit = store.spec.budget.time_limit
-        self._deadline = time.monotonic() + self._limit - store.status().elapsed_s if self._limit else None
-        self._display = display
-        self.interrupted = False
-        self.reason: str | None = None
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {one: signal.signal(one, self._interrupt) for one in self.SIGNALS}
-
-    def __exit__(self, *exc_info: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._as_before()
-
-    def _interrupt(self, signum: int, frame: object) -> None:
-        self.interrupted = True
-        self._as_before()  # a second one does not wait
-
-    def _as_before(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def stop_all(self) -> bool:
-        """Whether everything is to end, and nothing to start any more."""
-        if self.reason is None:
-            if self.interrupted:
-                self.reason = "interrupted"
-            elif self._deadline is not None and time.monotonic() > self._deadline:
-                self.reason = f"budget.time_limit of {self._limit:g} s"
-            if self.reason:
-                self._display.stage(f"Ending what runs: {self.reason}")
-        return self.reason is not None

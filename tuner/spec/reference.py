@@ -106,7 +106,9 @@ def _of_hint(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is typing.Annotated:
-        return "duration" if any("parse_duration" in repr(part) for part in arguments[1:]) else _of_hint(arguments[0])
+        parsers = {"parse_duration": "duration", "parse_size": "size"}
+        named = [name for parser, name in parsers.items() if any(parser in repr(part) for part in arguments[1:])]
+        return named[0] if named else _of_hint(arguments[0])
     if origin in (typing.Union, types.UnionType):
         names = [_of_hint(argument) for argument in arguments]
         scalars = [name for name in names if name != "null"]

@@ -47,6 +47,7 @@ def make_schema() -> dict[str, Any]:
     }
     budget = schema["$defs"]["BudgetSpec"]["properties"]
     budget["time_limit"]["anyOf"].append({"type": "string", "pattern": r"^(\d+(\.\d+)?[smhd])+$"})
+    budget["disk"]["anyOf"].append({"type": "string", "pattern": r"^\d+(\.\d+)?\s*[MGT]B$"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

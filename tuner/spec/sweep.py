@@ -32,6 +32,19 @@ def parse_duration(text: Any) -> Any:
 
 
 Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+
+
+def parse_size(text: Any) -> Any:
+    """Return bytes for `'500MB'`, `'20GB'` or `'1.5TB'`, powers of ten."""
+    if not isinstance(text, str):
+        return text
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])B", text)
+    if not found:
+        raise ValueError("a size such as 500MB, 20GB or 1TB")
+    return int(float(found[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[found[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 
@@ -93,6 +106,9 @@ class BudgetSpec(Section):
     epochs_per_trial: float | None = Field(None, gt=0, description="Passes over the training set.")
     evals_per_trial: int = Field(8, ge=1, description="Evaluations, evenly spaced in tokens, the last at the end.")
     time_limit: Seconds | None = Field(None, description="Wall time of the sweep; `4h`, `30m` or seconds.")
+    tokens: int | None = Field(None, ge=1, description="Trained tokens of all trials together.")
+    gpu_hours: float | None = Field(None, gt=0, description="Hours of all trials, each times the GPUs it holds.")
+    disk: Bytes | None = Field(None, description="Size of the sweep's folder; `500MB`, `20GB` or bytes.")
 
 
 class SearchSpec(Section):

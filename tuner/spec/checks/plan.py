@@ -30,7 +30,13 @@ def _check_budget(spec: SweepSpec) -> list[Problem]:
     name, amount = next(iter(given.items()))
     if name != "epochs_per_trial" and budget.evals_per_trial > amount:
         return [Problem("budget.evals_per_trial", show(budget.evals_per_trial), f"at most {name}, {amount}")]
-    return []
+    found = []
+    if budget.tokens is not None and budget.tokens_per_trial and budget.tokens < budget.tokens_per_trial:
+        allowed = f"at least budget.tokens_per_trial, {budget.tokens_per_trial}, or no trial completes"
+        found.append(Problem("budget.tokens", show(budget.tokens), allowed))
+    if budget.disk is not None and "://" in spec.storage.root:
+        found.append(Problem("budget.disk", show(budget.disk), "null, since storage.root is an object store"))
+    return found
 
 
 def _check_sampler(spec: SweepSpec) -> list[Problem]:
