@@ -53,6 +53,23 @@ def test_the_cluster_is_divided_among_trials(nodes, resources, worker, concurren
     assert placement == Placement(workers, worker, threads=cpus, concurrent=concurrent, most=most)
 
 
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"train": {"optim": "paged_adamw_8bit"}}, "train.optim paged_adamw_8bit keeps its state in memory that a GPU"),
+        ({"train": {"use_liger_kernel": True}}, "train.use_liger_kernel takes kernels that are written for GPUs"),
+        ({"train": {"tf32": True}}, "train.tf32 is a number format of GPUs"),
+        ({"model": {"name": "m", "attn_implementation": "flash_attention_2"}}, "flash_attention_2 is written for GPUs"),
+    ],
+    ids=str,
+)
+def test_what_needs_a_gpu_is_refused_where_workers_have_none(sections, reason):
+    spec = SweepSpec.model_validate(spec_with().model_dump() | sections)
+    assert place(spec, [{"CPU": 8, "GPU": 1}]).concurrent == 1
+    with pytest.raises(MachineError, match=f"{reason}.*, and the workers have none"):
+        place(spec, [{"CPU": 8}])
+
+
 def test_no_more_trials_run_at_once_than_there_are():
     assert place(spec_with(trials=3), [{"CPU": 64}]).concurrent == 3
 

@@ -66,7 +66,11 @@ def test_lora_sweeps_share_a_base(changes, tmp_path):
         ({"space": {"lora.use_dora": choice(True)}}, "lora.use_dora: DoRA rescales the base's own columns"),
         ({"lora": {"init_lora_weights": "mica"}}, "lora.init_lora_weights: this init is a variant of LoRA"),
         ({"train": {"optim": "adafactor"}}, "train.optim: the optimizer is not elementwise"),
-        ({"space": {"train.optim": choice("lomo", "adafactor")}}, "train.optim: the optimizer is not elementwise"),
+        (
+            {"train": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+            "train.gradient_checkpointing_kwargs: the joint step checkpoints whole layers",
+        ),
+        ({"space": {"train.optim": choice("lion_8bit", "adafactor")}}, "train.optim: the optimizer is not elementwise"),
         ({"train": {"torch_compile_mode": "default"}}, "train.torch_compile_mode: the joint step is not compiled"),
         ({"train": {"full_determinism": True}}, "train.full_determinism: full_determinism changes the whole process"),
         (
@@ -104,9 +108,9 @@ RATE = {"train.learning_rate": {"type": "log_uniform", "low": 1e-4, "high": 1e-2
             {"lora.use_dora": False},
         ),
         (
-            {"train.optim": choice("adamw_torch", "adafactor", "lomo")},
-            "trials with train.optim adafactor or lomo train apart: the optimizer is not elementwise",
-            {"train.optim": "lomo"},
+            {"train.optim": choice("adamw_torch", "adafactor", "lion_8bit")},
+            "trials with train.optim adafactor or lion_8bit train apart: the optimizer is not elementwise",
+            {"train.optim": "lion_8bit"},
             {"train.optim": "adamw_torch"},
         ),
         (

@@ -17,6 +17,7 @@ from ray._private.services import find_gcs_addresses
 from ray._private.state import available_resources_per_node
 
 from tuner.errors import MachineError
+from tuner.spec.checks.needs import why_gpu
 from tuner.spec.sweep import SweepSpec
 
 # Read by Ray when it is imported or started, here and in every process it starts.
@@ -180,6 +181,8 @@ def place(spec: SweepSpec, nodes: Sequence[Mapping[str, float]], fixed: bool = T
         raise MachineError(
             "resources.strategy is fsdp, which becomes ddp on workers without a GPU: use ddp, zero1, zero2 or zero3"
         )
+    for reason in [] if gpus else why_gpu(spec):
+        raise MachineError(f"{reason}, and the workers have none")
     most = min(asked.max_concurrent_trials or spec.budget.trials, spec.budget.trials)
     ahead = 0 if fixed else AHEAD
     placement = Placement(asked.workers_per_trial, worker, asked.cpus_per_worker, 0, most, ahead)

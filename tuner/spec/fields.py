@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -184,3 +185,9 @@ def all_fields() -> dict[str, Field]:
     fields["lora.lora_alpha"] = replace(fields["lora.lora_alpha"], types=("float",))
     fields["lora.target_modules"] = replace(fields["lora.target_modules"], default="all-linear")
     return fields
+
+
+def checkpoints_activations(train: Mapping[str, Any]) -> bool:
+    """Whether a trainer with these fields computes activations again, under either name; TRL's default is to do so."""
+    new = train.get("activation_checkpointing")
+    return bool(train.get("gradient_checkpointing", True) if new is None else new)

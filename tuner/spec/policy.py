@@ -52,7 +52,10 @@ FIXED_ONLY = {
         ),
         _CHANGES_EVAL,
     ),
-    "train.per_device_eval_batch_size": "it does not change any score",
+    **dict.fromkeys(
+        _each("train", "per_device_eval_batch_size gradient_checkpointing activation_checkpointing"),
+        "it does not change any score",
+    ),
 }
 """Fields that may be fixed but not searched, and why."""
 

@@ -34,6 +34,8 @@ _NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
     "train.torch_compile_mode": ((None,), "the joint step is not compiled"),
     "train.use_liger_kernel": ((False,), "the joint step has its own head"),
     "train.activation_offloading": ((False,), "the joint step keeps its activations"),
+    "train.gradient_checkpointing_kwargs": ((None, {}), "the joint step checkpoints whole layers"),
+    "train.activation_checkpointing_kwargs": ((None, {}), "the joint step checkpoints whole layers"),
     "train.full_determinism": ((False,), "full_determinism changes the whole process"),
 }
 _OF_A_PROCESS = {"train.tf32": "tf32 is switched for a whole process"}

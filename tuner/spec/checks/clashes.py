@@ -7,7 +7,8 @@ from typing import Any
 from tuner.errors import Problem
 from tuner.spec.checks.fields import place_of, possible_values
 from tuner.spec.checks.peek import peek_format
-from tuner.spec.checks.words import show
+from tuner.spec.checks.words import any_of, show
+from tuner.spec.fields import checkpoints_activations
 from tuner.spec.sweep import SweepSpec
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,9 +28,19 @@ SCHEDULER_NEEDS = {
 """Arguments without which transformers' schedulers raise, any one of them."""
 
 
+LOW_RANK = ("galore_", "apollo_")
+READ_ARGUMENTS = (
+    *LOW_RANK,
+    *("adagrad", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "grokadamw"),
+    *("paged_ademamix", "rmsprop", "schedule_free_", "sgd", "stable_adamw"),
+)
+"""How the names of optimizers begin that look at train.optim_target_modules, and of those that look at optim_args."""
+
+
 def check_clashes(spec: SweepSpec) -> list[Problem]:
     """Find every contradiction between settings, the searched ones with all their values."""
     found = [*_check_packing(spec), *_check_loss(spec), *_check_trainer(spec)]
+    found += [*_check_optimizer(spec), *_check_memory(spec)]
     return found + (_check_full(spec) if spec.lora is None else [*_check_lora(spec), *_check_server(spec)])
 
 
@@ -82,6 +93,50 @@ def _check_trainer(spec: SweepSpec) -> list[Problem]:
             if spec.train.get(name):
                 allowed = "train.dataloader_num_workers of at least 1 beside it"
                 found.append(Problem(f"train.{name}", show(spec.train[name]), allowed))
+    return found
+
+
+def _check_optimizer(spec: SweepSpec) -> list[Problem]:
+    found = []
+    optimizers = [str(value) for value in possible_values(spec, "train.optim")]
+    at = place_of(spec, "train.optim")
+    low_rank = [name for name in optimizers if name.startswith(LOW_RANK)]
+    modules, arguments = spec.train.get("optim_target_modules"), spec.train.get("optim_args")
+    if low_rank and modules is None:
+        allowed = f"the modules whose gradients {low_rank[0]} projects"
+        found.append(Problem("train.optim_target_modules", "null", allowed, "all-linear"))
+    if modules is not None and not low_rank:
+        allowed = f"null, since {any_of(optimizers)} looks at no modules"
+        found.append(Problem("train.optim_target_modules", show(modules), allowed))
+    if arguments is not None and not any(name.startswith(READ_ARGUMENTS) for name in optimizers):
+        found.append(Problem("train.optim_args", show(arguments), f"null, since {any_of(optimizers)} reads none"))
+    for name in low_rank:
+        if name.endswith("_layerwise"):
+            if possible_values(spec, "train.gradient_accumulation_steps") != [1]:
+                found.append(Problem(at, show(name), "others, since train.gradient_accumulation_steps is not 1"))
+            if spec.resources.workers_per_trial > 1:
+                found.append(Problem(at, show(name), "others, since resources.workers_per_trial is not 1"))
+    return found
+
+
+def _check_memory(spec: SweepSpec) -> list[Problem]:
+    """Checkpointing and Liger, whose further settings would otherwise be left out without a word."""
+    found = []
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        settings = spec.train.get(key)
+        if settings and not checkpoints_activations(spec.train):
+            found.append(Problem(f"train.{key}", show(settings), "null, since nothing is checkpointed"))
+        elif isinstance(settings, dict) and settings.get("selective") and settings.get("use_reentrant"):
+            allowed = "false or nothing, since selective checkpointing is not reentrant"
+            found.append(Problem(f"train.{key}.use_reentrant", "true", allowed))
+    settings = spec.train.get("liger_kernel_config")
+    if settings is not None and True not in possible_values(spec, "train.use_liger_kernel"):
+        found.append(
+            Problem("train.liger_kernel_config", show(settings), "null, since train.use_liger_kernel is false")
+        )
+    elif isinstance(settings, dict) and settings.get("fused_linear_cross_entropy"):
+        allowed = "false or nothing: TRL fuses the head in its own way"
+        found.append(Problem("train.liger_kernel_config.fused_linear_cross_entropy", "true", allowed))
     return found
 
 

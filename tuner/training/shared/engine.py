@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 
+from tuner.spec.fields import checkpoints_activations
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig
@@ -48,7 +49,7 @@ class Engine:
         """Divide the threads among so many lanes. No trial may be there."""
         for lane in self.lanes:
             lane.close()
-        checkpointing = self._spec.train.get("gradient_checkpointing", True)
+        checkpointing = checkpoints_activations(self._spec.train)
         threads = max(1, self.threads // count)
         self.lanes = [
             Lane(JointModel(self.base, checkpointing), self._eval_documents, self._save, threads) for _ in range(count)

@@ -1,0 +1,83 @@
+"""What an option needs beside the packages that come along: one more package, or a GPU. Nothing is imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from tuner.errors import Problem
+from tuner.spec.checks.fields import place_of, possible_values
+from tuner.spec.checks.words import any_of, show
+from tuner.spec.sweep import SweepSpec
+
+# Module -> what pip is to install.
+_PACKAGES = {
+    "apollo_torch": "apollo-torch",
+    "flash_attn": "flash-attn",
+    "galore_torch": "galore-torch",
+    "gguf": "gguf",
+    "grokadamw": "grokadamw",
+    "kernels": "kernels",
+    "liger_kernel": "liger-kernel",
+    "lomo_optim": "lomo-optim",
+    "optimi": "torch-optimi",
+    "schedulefree": "schedulefree",
+    "torch_npu": "torch-npu",
+    "torch_xla": "torch-xla",
+    "torchao": "torchao",
+    "torchdistx": "git+https://github.com/pytorch/torchdistx",
+}
+_OF_OPTIMIZER = {
+    "adalomo": "lomo_optim",
+    "adamw_anyprecision": "torchdistx",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+    "adamw_torch_npu_fused": "torch_npu",
+    "adamw_torch_xla": "torch_xla",
+    "apollo_": "apollo_torch",
+    "galore_": "galore_torch",
+    "grokadamw": "grokadamw",
+    "lomo": "lomo_optim",
+    "schedule_free_": "schedulefree",
+    "stable_adamw": "optimi",
+}
+"""How an optimizer's name begins -> the module that it is in."""
+
+
+def check_needs(spec: SweepSpec) -> list[Problem]:
+    """Find every option whose package is not installed."""
+    found = []
+    for key, value, modules in _needed(spec):
+        if not any(importlib.util.find_spec(module) for module in modules):
+            packages = any_of([f"pip install {_PACKAGES[module]}" for module in modules])
+            found.append(Problem(place_of(spec, key), show(value), f"a package that is installed ({packages})"))
+    return found
+
+
+def _needed(spec: SweepSpec) -> Iterator[tuple[str, Any, list[str]]]:
+    """Key, value, and the modules of which it needs one."""
+    if spec.model.gguf_file is not None:
+        yield "model.gguf_file", spec.model.gguf_file, ["gguf"]
+    for value in possible_values(spec, "model.attn_implementation"):
+        if value == "flash_attention_2":
+            yield "model.attn_implementation", value, ["flash_attn", "kernels"]
+    for value in possible_values(spec, "train.optim"):
+        for name, module in _OF_OPTIMIZER.items():
+            if str(value).startswith(name):
+                yield "train.optim", value, [module]
+    if True in possible_values(spec, "train.use_liger_kernel"):
+        yield "train.use_liger_kernel", True, ["liger_kernel"]
+
+
+def why_gpu(spec: SweepSpec) -> list[str]:
+    """Options that workers without a GPU cannot follow, or would silently leave out; empty for most specs."""
+    paged = [value for value in possible_values(spec, "train.optim") if str(value).startswith("paged_")]
+    flash = [value for value in possible_values(spec, "model.attn_implementation") if str(value).startswith("flash")]
+    reasons = [f"train.optim {value} keeps its state in memory that a GPU and its host share" for value in paged]
+    reasons += [f"model.attn_implementation {value} is written for GPUs" for value in flash]
+    if True in possible_values(spec, "train.use_liger_kernel"):
+        reasons.append("train.use_liger_kernel takes kernels that are written for GPUs")
+    if True in possible_values(spec, "train.tf32"):
+        reasons.append("train.tf32 is a number format of GPUs")
+    return reasons
