@@ -76,7 +76,7 @@ def calls_of(*programs: str) -> list[list[str]]:
 
 def test_every_call_of_tuner_is_one_that_the_command_line_takes():
     found = [words for words in calls_of("tuner", "cluster/slurm.sh") if words != ["$@"]]
-    assert {words[0] for words in found} == {"run", "resume"}
+    assert {words[0] for words in found} == {"run", "submit", "resume"}
     for name, *arguments in found:
         assert name in TUNER
         if arguments:  # none where prose names a command
@@ -85,7 +85,7 @@ def test_every_call_of_tuner_is_one_that_the_command_line_takes():
 
 def test_every_call_of_ray_is_of_a_command_and_with_options_that_the_pinned_ray_has():
     found = calls_of("ray")
-    assert {words[0] for words in found} >= {"start", "up", "exec", "down", "symmetric-run", "get-auth-token"}
+    assert {words[0] for words in found} >= {"start", "up", "dashboard", "down", "symmetric-run", "get-auth-token"}
     for name, *arguments in found:
         passed_on = ray_cli.commands["start"].params if name == "symmetric-run" else []
         options = {option for parameter in [*ray_cli.commands[name].params, *passed_on] for option in parameter.opts}
