@@ -144,7 +144,8 @@ class Raylets:
         environment = {**os.environ, **self.environment}
         if "--head" in options:
             del environment["RAY_ADDRESS"]
-        command = [*within, str(RAY), "start", "--block", *options]
+        agent = f"--dashboard-agent-listen-port={free_port()}"  # one that another cluster left behind has the usual one
+        command = [*within, str(RAY), "start", "--block", agent, *options]
         with tempfile.TemporaryFile("w+") as said:
             node = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
             self._nodes.append(node)
