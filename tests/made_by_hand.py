@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def make_spec(root: Path, name: str = "pydoc-lora", **sections: Any) -> SweepSpe
             "lora.alpha_ratio": {"type": "choice", "values": [0.5, 1, 2]},
         },
         "budget": {"trials": 6, "tokens_per_trial": BUDGET, "evals_per_trial": 4},
-        "storage": {"root": str(root)},
+        "storage": {"root": str(root), "study": os.environ.get("TUNER_TEST_STUDY")},
     }
     return SweepSpec.model_validate(values | sections)
 

@@ -8,6 +8,7 @@ import math
 import pandas as pd
 import pytest
 from made_by_hand import NAN, TRIALS, Made, make_spec, make_sweep
+from servers import PASSWORD, PASSWORD_VARIABLE
 
 from tuner.errors import SpecError
 from tuner.results import query
@@ -15,9 +16,13 @@ from tuner.results.record import TrialRecord
 from tuner.results.report import markdown_report
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_sweep(tmp_path_factory.mktemp("runs"))
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def store(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as environment:
+        if request.param == "postgresql":
+            environment.setenv(PASSWORD_VARIABLE, PASSWORD)
+            environment.setenv("TUNER_TEST_STUDY", request.getfixturevalue("postgres_server").new_study())
+        return make_sweep(tmp_path_factory.mktemp("runs"))
 
 
 def numbers(store, **arguments):

@@ -25,6 +25,8 @@ from tuner.spec.layout import Root
 
 TESTS = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.usefixtures("database")
+
 WRITER = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
@@ -150,6 +152,7 @@ def test_the_time_between_an_interruption_and_a_resume_does_not_count(tmp_path):
     assert store.status().elapsed_s == pytest.approx(3600 + 600 + 1800, abs=10)
 
 
+@pytest.mark.sqlite
 def test_a_new_sweep_is_queued_and_its_spec_stands_beside_it(tmp_path):
     spec = make_spec(tmp_path)
     store = Store.create(spec)
@@ -169,6 +172,7 @@ def test_a_name_that_is_taken_is_refused_and_resume_is_named(tmp_path):
     assert len(Store.open(Root(tmp_path).sweep("pydoc-lora")).trials()) == 1
 
 
+@pytest.mark.sqlite
 def test_a_name_that_is_taken_in_a_shared_database_is_refused_and_nothing_is_left_behind(tmp_path):
     url = f"sqlite:///{tmp_path}/shared.db"
     Store.create(make_spec(tmp_path / "one", storage={"root": str(tmp_path / "one"), "study": url}))
@@ -178,6 +182,7 @@ def test_a_name_that_is_taken_in_a_shared_database_is_refused_and_nothing_is_lef
     assert list((two / "sweeps").iterdir()) == []
 
 
+@pytest.mark.sqlite
 def test_two_sweeps_in_one_database_do_not_mix(tmp_path):
     storage = {"root": str(tmp_path), "study": f"sqlite:///{tmp_path}/shared.db"}
     one = make_sweep(tmp_path, TRIALS[:1], name="one", storage=storage)
@@ -186,6 +191,7 @@ def test_two_sweeps_in_one_database_do_not_mix(tmp_path):
     assert [len(trial.reports) for trial in two.trials()] == [4, 2]
 
 
+@pytest.mark.sqlite
 def test_the_password_of_a_database_is_taken_from_the_environment_and_never_written(tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_FILE", "hunter2")
     storage = {"root": str(tmp_path), "study": f"sqlite:///{tmp_path}/${{STUDY_FILE}}.db"}
@@ -200,6 +206,7 @@ def test_the_password_of_a_database_is_taken_from_the_environment_and_never_writ
         Store.open(store.folder)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("folder", ["plain", "with space", "100%25", "a?b#c&d", "brace{x}", "ünïcode"])
 def test_a_root_of_any_name_holds_a_sweep(tmp_path, folder):
     store = make_sweep(tmp_path / folder, TRIALS[:1])
@@ -223,6 +230,7 @@ def test_an_unknown_sweep_is_not_found_and_the_nearest_is_named(tmp_path):
         Store.open(Root(tmp_path / "empty").sweep("any"))
 
 
+@pytest.mark.sqlite
 def test_a_half_made_sweep_is_no_sweep(tmp_path):
     make_sweep(tmp_path, [])
     (tmp_path / "sweeps" / ".other.abcd").mkdir()
@@ -231,6 +239,7 @@ def test_a_half_made_sweep_is_no_sweep(tmp_path):
     assert sweep_names(Root(tmp_path)) == ["pydoc-lora"]
 
 
+@pytest.mark.sqlite
 def test_opening_creates_and_changes_nothing(tmp_path):
     store = make_sweep(tmp_path, TRIALS[:1])
     schema = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
@@ -241,6 +250,7 @@ def test_opening_creates_and_changes_nothing(tmp_path):
         assert (connection.execute(schema).fetchall(), connection.execute("PRAGMA data_version").fetchone()) == before
 
 
+@pytest.mark.sqlite
 def test_a_sweep_whose_database_is_gone_is_not_found_and_not_made_anew(tmp_path):
     store = make_sweep(tmp_path, TRIALS[:1])
     store.folder.study.unlink()
@@ -249,6 +259,7 @@ def test_a_sweep_whose_database_is_gone_is_not_found_and_not_made_anew(tmp_path)
     assert not store.folder.study.exists()
 
 
+@pytest.mark.sqlite
 def test_optuna_opens_the_study_as_it_is(tmp_path):
     store = make_sweep(tmp_path)
     study = optuna.load_study(study_name="pydoc-lora", storage=f"sqlite:///{store.folder.study}")
@@ -324,6 +335,7 @@ def test_the_speed_of_a_trial_leaves_evaluations_out(tmp_path):
     assert store.record(0).duration_s == 90.0
 
 
+@pytest.mark.sqlite
 def test_records_that_are_damaged_or_of_another_version_are_said_to_be(tmp_path):
     made = make_sweep(tmp_path, [], name="older")
     with sqlite3.connect(made.folder.study) as connection:

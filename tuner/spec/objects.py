@@ -16,8 +16,9 @@ from typing import Any
 
 from tuner.errors import TunerError
 
-_LAST = ("manifest.json", "adapter_config.json", "config.json", "state.json")
-"""Of a promoted model, an adapter, a whole model, an evaluation set."""
+_LAST = ("manifest.json", "report.json", "adapter_config.json", "config.json", "state.json")
+"""Of a promoted model, a trainer's checkpoint, an adapter, a whole model, an evaluation set."""
+_PART = ".part"
 _PATIENCE = timedelta(seconds=60)
 
 
@@ -73,10 +74,11 @@ class Objects:
             raise FileNotFoundError(f"{self._url}/{key} is not there")
         wanted = {path / one.removeprefix(key).removeprefix("/"): one for one in keys}
         for file in [found for found in path.rglob("*") if found.is_file() and found not in wanted]:
-            file.unlink()
+            if file.suffix != _PART:  # others may be fetching the same
+                file.unlink(missing_ok=True)
         for file, one in wanted.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+            part = file.with_name(f".{file.name}.{secrets.token_hex(4)}{_PART}")
             with self._in_words(), part.open("wb") as copy:
                 for chunk in self._api.get(self._store, one).stream():
                     copy.write(chunk)
