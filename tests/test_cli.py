@@ -311,6 +311,19 @@ def test_check_says_what_a_sound_spec_asks_for_and_what_to_type(tmp_path):
     assert (document["valid"], document["problems"], document["spec"]["budget"]["trials"]) == (True, [], 4)
 
 
+def test_check_says_what_a_sweep_takes_at_most(tiny_model_dir, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "hello"}\n')
+    (tmp_path / "tiny.yaml").write_text(SPEC)
+    asked = ("check", tmp_path / "tiny.yaml", "--plan", "--set", f"model.name={tiny_model_dir}")
+    result = tuner_command(tmp_path, *asked)
+    assert result.exit_code == 0, result.stderr
+    assert "at most    4 trials, 40,000 tokens trained" in result.stdout
+    assert result.stderr == ""
+    plan = json.loads(tuner_command(tmp_path, *asked, "--json").stdout)["plan"]
+    assert (plan["trials"], plan["tokens"]) == (4, 40_000)
+    assert plan["disk_bytes"] > plan["adapter_bytes"] > 0
+
+
 def test_check_names_every_problem_at_once_and_ends_with_2(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "hello"}\n')
     (tmp_path / "bad.yaml").write_text(SPEC.replace("trials: 4", "trails: 4").replace("name: tiny", "name: ../x"))

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner.api import Sweep, load_spec, open, resume, run, submit, sweeps
+    from tuner.api import Sweep, load_spec, open, resume, run, submit, sweeps, worst_case
     from tuner.errors import DataError, JobError, MachineError, NotFoundError, PromotionRefused, SpecError, TunerError
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "run",
     "submit",
     "sweeps",
+    "worst_case",
 ]
 
 _HOMES = {name: "tuner.errors" if name.endswith(("Error", "Refused")) else "tuner.api" for name in __all__}

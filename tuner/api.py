@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tuner.execution.verify import Comparison
     from tuner.promotion.promote import Promotion
     from tuner.promotion.registry import Version
+    from tuner.training.worst_case import WorstCase
 
 
 def load_spec(path: str | Path, *overrides: str, root: str | Path | None = None) -> SweepSpec:
@@ -36,6 +37,13 @@ def load_spec(path: str | Path, *overrides: str, root: str | Path | None = None)
     Raises `SpecError` with every problem at once.
     """
     return _load_spec(path, overrides, root)
+
+
+def worst_case(spec: SweepSpec) -> WorstCase:
+    """What the sweep takes at most: trials, tokens, memory of a worker, disk. Reads the model's config, no weights."""
+    from tuner.training.worst_case import worst_case
+
+    return worst_case(spec)
 
 
 def run(

@@ -7,7 +7,8 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,14 +94,27 @@ def tuner(
 
 
 @app.command()
-def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
+def check(
+    file: SpecFile,
+    set_: SetOption = None,
+    root: RootOption = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it takes at most, too; loads the libraries.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say all that is wrong with a spec, or what it asks for."""
     from tuner.spec.load import check_file
 
     spec, problems = check_file(file, set_ or [], root)
+    most = None
+    if plan and spec is not None:
+        from tuner import api
+
+        with redirect_stderr(StringIO()):  # what the libraries say when they are loaded
+            most = api.worst_case(spec)
     if as_json:
         found = [dict(vars(problem)) for problem in problems]
-        print_json({"valid": spec is not None, "problems": found, "spec": spec and spec.model_dump(mode="json")})
+        shown = {"valid": spec is not None, "problems": found, "spec": spec and spec.model_dump(mode="json")}
+        print_json(shown | ({"plan": most.as_dict()} if most else {}))
     elif spec is None:
         from tuner.errors import SpecError
 
@@ -108,7 +122,7 @@ def check(file: SpecFile, set_: SetOption = None, root: RootOption = None, as_js
     else:
         from tuner.cli.screens import show_spec
 
-        show_spec(spec)
+        show_spec(spec, most)
         say_next(_run_command(file, set_), root)
     raise typer.Exit(0 if spec else 2)
 

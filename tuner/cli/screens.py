@@ -34,6 +34,7 @@ from tuner.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
     from tuner.execution.verify import Comparison
+    from tuner.training.worst_case import WorstCase
 
 STYLES = {"STOPPED": "dim", "INFEASIBLE": "yellow", "FAILED": "red", "RUNNING": "cyan"}
 BEST_STYLE = "bold green"
@@ -280,8 +281,8 @@ def _base_text(spec: SweepSpec) -> str:
     return "; ".join(["shared by the trials", *trials_apart(spec)])
 
 
-def show_spec(spec: SweepSpec) -> None:
-    """Print what a sound spec asks for."""
+def show_spec(spec: SweepSpec, most: WorstCase | None = None) -> None:
+    """Print what a sound spec asks for, and what that takes at most."""
     budget = spec.budget
     per_trial = {"tokens": budget.tokens_per_trial, "steps": budget.steps_per_trial, "epochs": budget.epochs_per_trial}
     amount = " ".join(f"{value:,} {unit}" for unit, value in per_trial.items() if value is not None)
@@ -307,3 +308,8 @@ def show_spec(spec: SweepSpec) -> None:
         print(f"{key:<10} {value}")
     for key, distribution in spec.space.items():
         print(f"  {key}: {describe(distribution)}")
+    if most is not None:
+        tokens = "as many epochs as asked for" if most.tokens is None else f"{most.tokens:,} tokens"
+        print(f"at most    {most.trials} trials, {tokens} trained, {most.evaluated_rows:,} rows scored")
+        print(f"  memory   {most.strategy}")
+        print(f"  disk     {most.disk_bytes / 1e9:.2f} GB; one adapter {most.adapter_bytes / 1e6:.1f} MB")
