@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from typer.main import get_command
 
 from tuner.cli.commands import app
+from tuner.spec.layout import Root
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster"
@@ -108,7 +109,7 @@ def test_every_version_is_the_pinned_one():
 def test_every_image_has_a_tag():
     for file in (path for path in FILES if path.suffix == ".yaml"):
         for image in re.findall(r"image: (\S+)", file.read_text()):
-            assert re.search(r":\d", image), f"{file.name}: {image}"
+            assert re.search(r":(\d|RELEASE\.\d)", image), f"{file.name}: {image}"
 
 
 def test_the_dockerfile_installs_the_pins_and_runs_as_a_user():
@@ -121,6 +122,9 @@ def test_the_dockerfile_installs_the_pins_and_runs_as_a_user():
     assert [name for name in copied if not (ROOT / name).exists()] == []
     assert set(re.findall(r"https?://([^/\s]+)", text)) <= {"download.pytorch.org"}
     assert "RAY_AUTH_MODE=token" in text
+    extras = re.search(r'"\.\[([\w,]+)\]"', text)
+    assert extras is not None
+    assert set(extras[1].split(",")) == {"postgres", "s3"} <= set(PROJECT["optional-dependencies"])
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
@@ -173,19 +177,29 @@ def test_the_job_s_cluster_is_removed_when_it_is_over():
     assert spec["backoffLimit"] == 0
 
 
-def test_compose_has_a_head_two_workers_and_a_database_and_asks_for_its_secrets():
+def test_compose_has_a_head_two_workers_a_database_and_an_object_store_and_asks_for_its_secrets():
     compose = load("docker-compose.yaml")
     services = compose["services"]
-    assert set(services) == {"head", "worker", "postgres"}
+    assert set(services) == {"head", "worker", "postgres", "minio"}
     assert services["worker"]["deploy"]["replicas"] == 2
     assert "--address=head:6379" in services["worker"]["command"]
     for node in (services["head"], services["worker"]):
         assert node["environment"]["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
         assert node["volumes"] == ["shared:/shared"]
         assert (FOLDER / node["build"]["context"] / node["build"]["dockerfile"]).is_file()
+        assert Root.at(node["environment"]["TUNER_ROOT"]).url == "s3://tuner/runs"
+        assert node["environment"]["AWS_ENDPOINT_URL"] == "http://minio:9000"
+        assert node["environment"]["AWS_ACCESS_KEY_ID"] == services["minio"]["environment"]["MINIO_ROOT_USER"]
+        assert node["environment"]["AWS_SECRET_ACCESS_KEY"] == services["minio"]["environment"]["MINIO_ROOT_PASSWORD"]
+    assert "mkdir -p /data/tuner " in services["minio"]["entrypoint"]
     assert (
         services["head"]["environment"]["POSTGRES_PASSWORD"] == services["postgres"]["environment"]["POSTGRES_PASSWORD"]
     )
+    assert "POSTGRES_PASSWORD" not in services["worker"]["environment"]
+    for service in ("postgres", "minio"):
+        assert services["head"]["depends_on"][service] == {"condition": "service_healthy"}
+        secrets = [text for text in strings(services[service]["environment"]) if text != "tuner"]
+        assert all(re.fullmatch(r"\$\{\w+:\?\}", text) for text in secrets)
     assert all(port.startswith("127.0.0.1:") for port in services["head"]["ports"])
     assert {volume.partition(":")[0] for service in services.values() for volume in service["volumes"]} == set(
         compose["volumes"]
@@ -203,8 +217,8 @@ def test_the_slurm_script_is_bash_with_one_ray_per_node_and_a_token():
 
 def test_every_file_is_in_the_table_and_every_link_leads_somewhere():
     links = set(re.findall(r"\]\(([^)]+)\)", (FOLDER / "README.md").read_text()))
-    files = {str(file.relative_to(FOLDER)) for file in FILES}
-    assert links <= files
+    files = {str(file.relative_to(FOLDER)) for file in FILES if file.parent.name not in links}
+    assert all((FOLDER / link).exists() for link in links)
     assert files - links == {"README.md", "kuberay/storage.yaml"}
 
 

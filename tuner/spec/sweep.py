@@ -173,7 +173,7 @@ class PromotionSpec(Section):
 class StorageSpec(Section):
     """Where everything is kept."""
 
-    root: str = Field("runs", description="Folder of all sweeps, promoted models and caches.")
+    root: str = Field("runs", description="Folder, or `s3://BUCKET/PREFIX`, of all sweeps, promoted models and caches.")
     study: str | None = Field(None, description="SQLAlchemy URL, `${VARIABLE}` allowed; null: SQLite in the sweep.")
     keep_best: int = Field(3, ge=1, description="Trials whose best adapter is kept when the sweep is over.")
 
