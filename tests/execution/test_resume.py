@@ -14,6 +14,7 @@ from real_sweeps import Command, trained_alone, write_spec
 
 import tuner
 from tuner.results.record import SweepStatus, TrialRecord
+from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 
 pytestmark = pytest.mark.timeout(600)
@@ -118,7 +119,42 @@ def test_a_trial_that_was_cut_off_is_left_unfinished_and_run_again_under_its_num
     assert cut_off.point == again.point == done.point
     assert done.outcome == "COMPLETED"
     assert [report.tokens for report in done.reports] == [FIRST, 2 * FIRST, 3 * FIRST, BUDGET]
-    assert done.reports[0].eval_loss == pytest.approx(cut_off.reports[0].eval_loss, abs=1e-5)
+    assert done.reports[0].duration_s == cut_off.reports[0].duration_s  # it went on from there
+
+
+@pytest.mark.parametrize(("story", "number"), [("stops", 1), ("workers_stops", 0)])
+def test_a_trial_with_its_own_base_goes_on_and_scores_as_one_that_was_not_cut_off(story, number, request, tmp_path):
+    stops = request.getfixturevalue(story)
+    done = stops["done"]
+    folder = SweepFolder.of(done.spec)
+    went_on = f"trial {number} goes on from its last evaluation"
+    assert went_on in folder.trial_log(number).read_text().splitlines()
+    assert not folder.goes_on(number)
+    assert not folder.trial_checkpoints(number).exists()
+    facts = {field: getattr(done.state, field) for field in ("tokens_per_trial", "data", "baseline")}
+    trial = done.trials[number]
+    resources = done.spec.resources.model_copy(update={"workers_per_trial": 1, "strategy": "auto"})
+    alone = trained_alone(done.spec.model_copy(update={"resources": resources}), trial.config, facts, tmp_path)
+    assert [one.eval_loss for one in trial.reports] == pytest.approx([one.eval_loss for one in alone], abs=1e-4)
+    assert [one.trained_tokens for one in trial.reports] == [one.trained_tokens for one in alone]
+    assert sorted(one.duration_s for one in trial.reports) == [one.duration_s for one in trial.reports]
+
+
+@pytest.fixture(scope="module")
+def workers_stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stop]:
+    """A trial of two workers, whose optimizer's state each has a part of: cut off, and gone on."""
+    folder = tmp_path_factory.mktemp("resume-workers")
+    budget = {"trials": 1, "tokens_per_trial": BUDGET, "evals_per_trial": 4}
+    resources = {"workers_per_trial": 2, "strategy": "zero2", "share_base": "off"}
+    sections = {"resources": resources, "promotion": None, "storage": {"root": "runs"}}
+    file = write_spec(folder, tiny_model_dir, NAME, budget=budget, **sections)
+    stops: dict[str, Stop] = {}
+    with told(stops, folder, "searching", "run", file) as running:
+        running.wait_for(f"trial 0 at {FIRST:,} tokens")
+        running.ctrl_c()
+    with told(stops, folder, "done", "resume", NAME, "--root", folder / "runs"):
+        pass
+    return stops
 
 
 def test_a_trial_whose_process_is_killed_has_failed_and_the_sweep_goes_on(stops):
@@ -149,7 +185,7 @@ def test_when_only_the_promotion_was_cut_off_ray_does_not_start_again(stops):
 def test_a_sweep_whose_trials_are_all_over_is_concluded_by_whether_one_completed(tmp_path, trials, status):
     budget = {"trials": 3, "tokens_per_trial": 1000}
     store = make_sweep(tmp_path, trials, "interrupted", budget=budget, promotion=None)
-    assert tuner.resume(store.spec.name, tmp_path).status == status
+    assert tuner.resume(store.spec.name, root=tmp_path).status == status
 
 
 def test_in_the_end_there_are_as_many_trials_as_were_asked_for_and_a_promoted_model(stops):
@@ -185,6 +221,8 @@ def shared_stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
         running.wait_for("trial 0 at ")
         running.wait_for("trial 1 at ")
         running.kill_actor("EngineActor")
+    with told(stops, folder, "more", "resume", NAME, "--set", "budget.trials=5", "--root", folder / "runs"):
+        pass
     return stops
 
 
@@ -207,6 +245,13 @@ def test_an_engine_that_is_killed_costs_no_trial(shared_stops):
         assert [report.tokens for report in trial.reports] == [FIRST, 2 * FIRST, 3 * FIRST, BUDGET]
     told = [line.split(" tokens:")[0].split("] ")[1] for line in done.lines if " tokens: " in line]
     assert len(told) == len(set(told)), "an evaluation was reported twice"
+
+
+def test_a_finished_sweep_takes_more_trials(shared_stops):
+    done, more = shared_stops["done"], shared_stops["more"]
+    assert (more.code, more.state.status, more.spec.budget.trials) == (0, "finished", 5), more.lines
+    assert more.trials[:4] == done.trials
+    assert (more.trials[4].number, more.trials[4].outcome) == (4, "COMPLETED")
 
 
 def test_a_trial_that_was_cut_off_twice_scores_as_one_that_was_not(shared_stops, tmp_path):
