@@ -29,7 +29,7 @@ def database_url(spec: SweepSpec, folder: SweepFolder, mode: str) -> sa.URL:
     account = _VARIABLE.sub(lambda match: quote(_environment(match), safe=""), account)
     try:
         url = sa.make_url(account + at + _VARIABLE.sub(_environment, place))
-    except sa.exc.ArgumentError:  # whose words may quote what the variables hold
+    except (sa.exc.ArgumentError, ValueError):  # whose words may quote what the variables hold
         raise SpecError([Problem("storage.study", spec.storage.study, "an SQLAlchemy URL, once filled in")]) from None
     return _sqlite_url(url.database or "", mode) if url.get_backend_name() == "sqlite" else url
 
@@ -50,12 +50,11 @@ def _sqlite_url(path: str, mode: str) -> sa.URL:
 
 
 def connect(url: sa.URL) -> sa.Engine:
-    """An engine for a database. Raises `SpecError` where its driver is not installed."""
+    """An engine for a database. Raises `SpecError` for one that is not known here, or whose driver is not installed."""
     try:
         return sa.create_engine(url, **engine_options(url))
-    except ModuleNotFoundError as error:
-        allowed = f"a database whose driver is installed; {error.name} is not"
-        raise SpecError([Problem("storage.study", url.drivername, allowed)]) from None
+    except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
+        raise SpecError([Problem("storage.study", url.drivername, f"what is installed here ({error})")]) from None
 
 
 @contextmanager
