@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -110,10 +112,19 @@ def test_what_the_cluster_answers_is_what_its_store_holds(cluster, folder, short
     assert answer.stderr == "tuner: sweep 'short' has no trial 7\n"
 
 
-def test_a_sweep_that_is_finished_is_refused_as_run_refuses_it(cluster, folder, short):
-    again = ask(cluster, folder, "submit", "short.yaml")
-    assert (again.returncode, again.stdout) == (1, "")
-    assert "tuner: sweep 'short' exists already" in again.stderr
+FROM_PYTHON = """
+import sys, tuner
+try:
+    tuner.submit("short.yaml", address=sys.argv[1])
+except tuner.TunerError as error:
+    print(type(error).__name__, error.exit_code, error)
+"""
+
+
+def test_from_python_too_a_sweep_that_is_finished_is_refused_as_run_refuses_it(cluster, folder, short):
+    script = [sys.executable, "-c", FROM_PYTHON, cluster.dashboard]
+    done = subprocess.run(script, cwd=folder, env=mine(cluster), capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("JobError 1 sweep 'short' exists already"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,6 +179,13 @@ def test_without_the_token_nothing_is_submitted(cluster, folder):
     refused = command(cluster, folder, "submit", "short.yaml", "--address", cluster.dashboard, RAY_AUTH_TOKEN="wrong")
     assert refused.returncode == 3
     assert f"tuner: {cluster.dashboard} demands its token" in refused.stderr
+
+
+def test_a_client_of_another_version_is_refused(tmp_path):
+    words = ["--client", "0.0.9", "http://head:8265", "ls", "--root", tmp_path]
+    done = subprocess.run([TUNER, *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"tuner: the cluster has tuner \S+, its client 0.0.9: install the same on both\n", done.stderr)
 
 
 class TakesAnybody(BaseHTTPRequestHandler):

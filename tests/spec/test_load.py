@@ -159,6 +159,22 @@ def test_a_relative_sqlite_study_is_made_absolute_and_variables_are_left(good, t
     assert load_spec(good, [f"storage.study={url}"]).storage.study == url
 
 
+def test_a_spec_for_elsewhere_may_name_what_is_not_here_but_holds_no_secret(good):
+    here = {
+        "data.path": "/shared/rows.jsonl",
+        "model.name": "package:of_their_image",
+        "train.optim": "adamw_anyprecision",
+    }
+    overrides = [f"{key}={value}" for key, value in here.items()]
+    spec = load_spec(good, overrides, elsewhere=True)
+    assert (spec.data.path, spec.model.name) == ("/shared/rows.jsonl", "package:of_their_image")
+    with pytest.raises(SpecError) as refused:
+        load_spec(good, overrides)
+    assert {problem.key for problem in refused.value.problems} == set(here)
+    with pytest.raises(SpecError, match="a URL with a password"):
+        load_spec(good, [*overrides, "storage.study=postgresql://me:secret@host/db"], elsewhere=True)
+
+
 def test_a_spec_that_is_not_there_is_not_found(good, tmp_path):
     with pytest.raises(NotFoundError, match=r"did you mean .*good\.yaml"):
         load_spec(tmp_path / "goood.yaml")

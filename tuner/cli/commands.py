@@ -123,7 +123,7 @@ def check(
         from tuner.cli.screens import show_spec
 
         show_spec(spec, most)
-        say_next(_run_command(file, set_), root)
+        say_next(_command("run", file, set_), root)
     raise typer.Exit(0 if spec else 2)
 
 
@@ -134,7 +134,7 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
     from tuner.cli.live import watching
 
     spec = api.load_spec(file, *(set_ or []), root=root)
-    with _resumable(spec, root, _run_command(file, set_)), watching(spec, quiet) as display:
+    with _resumable(spec, root, _command("run", file, set_)), watching(spec, quiet) as display:
         sweep = api.run(spec, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, _root_of(spec, root)))
 
@@ -155,27 +155,27 @@ def submit(
     from tuner import api
 
     typer.echo("waiting for the cluster to begin the sweep, or to refuse it", err=True)
-    job = api.submit(
-        file,
-        *(set_ or []),
-        address=address,
-        root=root,
-        allow_unauthenticated=allow_unauthenticated_cluster,
-        join=follow,
-    )
+    allow = allow_unauthenticated_cluster
+    try:
+        job = api.submit(file, *(set_ or []), address=address, root=root, allow_unauthenticated=allow, join=follow)
+    except KeyboardInterrupt:
+        typer.echo("no longer waited for; what has been submitted goes on", err=True)
+        say_next(_command("submit", file, set_) + " --follow", root, err=True, address=address)
+        raise
     raise typer.Exit(_print_job(job, follow))
 
 
 @app.command()
 def resume(
     name: SweepName,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="budget.trials=N", help="Run more trials.")] = None,
     root: RootOption = None,
     quiet: QuietOption = False,
     address: AddressOption = None,
     follow: FollowOption = False,
     allow_unauthenticated_cluster: AllowOption = False,
 ) -> None:
-    """Continue an interrupted sweep; finished trials stay."""
+    """Continue an interrupted sweep, or run more trials of one; finished trials stay."""
     from tuner import api
     from tuner.cli.live import watching
 
@@ -184,13 +184,13 @@ def resume(
 
         address = jobs.address_of(address)
         client = jobs.connect(address, allow_unauthenticated_cluster)
-        job = jobs.resume_sweep(client, address, name, root, join=follow)
+        job = jobs.resume_sweep(client, address, name, set_ or [], root, join=follow)
         raise typer.Exit(_print_job(job, follow))
     if follow or allow_unauthenticated_cluster:
         raise typer.BadParameter("--follow and --allow-unauthenticated-cluster go with --address")
     before = api.open(name, root)
     with _resumable(before.spec, root), watching(before.spec, quiet, before.records()) as display:
-        sweep = api.resume(name, root, display, log_output=True)
+        sweep = api.resume(name, *(set_ or []), root=root, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, root))
 
 
@@ -449,8 +449,10 @@ def _print_job(job: Job, follow: bool) -> int:
     return EXIT_INTERRUPTED if follow else 0
 
 
-def _run_command(file: Path, overrides: list[str] | None) -> str:
-    return f"run {shlex.quote(str(file))}" + "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+def _command(name: str, file: Path, overrides: list[str] | None) -> str:
+    return f"{name} {shlex.quote(str(file))}" + "".join(
+        f" --set {shlex.quote(override)}" for override in overrides or []
+    )
 
 
 def _root_of(spec: SweepSpec, root: str | None) -> str | None:

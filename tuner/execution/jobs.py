@@ -75,10 +75,16 @@ def submit_sweep(
 
 
 def resume_sweep(
-    client: JobSubmissionClient, address: str, name: str, root: str | Path | None = None, join: bool = False
+    client: JobSubmissionClient,
+    address: str,
+    name: str,
+    overrides: Sequence[str] = (),
+    root: str | Path | None = None,
+    join: bool = False,
 ) -> Job:
     """Continue a sweep on the cluster; returns and raises as `submit_sweep` does."""
-    return _start(client, address, name, ["resume", *_root_option(root), "--", name], {}, join)
+    words = ["resume", *(f"--set={override}" for override in overrides), *_root_option(root), "--", name]
+    return _start(client, address, name, words, {}, join)
 
 
 def _root_option(root: str | Path | None) -> list[str]:
@@ -89,7 +95,7 @@ def call(
     client: JobSubmissionClient, address: str, words: Sequence[str], say: Callable[[str], None]
 ) -> tuple[int, bytes]:
     """Run a command of `tuner` on the cluster's head; return its exit code and stdout, its stderr goes to `say`."""
-    job = client.submit_job(entrypoint=_entrypoint(address, words), runtime_env={"env_vars": _STOP_WAIT})
+    job = _submit(client, address, words, runtime_env={"env_vars": _STOP_WAIT})
     stdout = b""
     try:
         for line in _log(client, job, wait_s=0.3):
@@ -175,9 +181,16 @@ def _demands_token(address: str) -> bool:
         raise MachineError(f"no Ray dashboard answers at {address}: {reason}") from None
 
 
-def _entrypoint(address: str, words: Sequence[str]) -> str:
-    """The job's command line, quoted for the shell that Ray hands it to; the cluster refuses another version."""
-    return "exec " + shlex.join(["tuner", "--client", version("tuner"), address, *words])
+def _submit(client: JobSubmissionClient, address: str, words: Sequence[str], **job: Any) -> str:
+    """Have the cluster run a command of its own `tuner`, which refuses another version; return the job's id.
+
+    Raises MachineError when the cluster takes no job, such as a second one of the same id.
+    """
+    command = shlex.join(["tuner", "--client", version("tuner"), address, *words])
+    try:
+        return client.submit_job(entrypoint=f"exec {command}", **job)  # Ray hands it to a shell
+    except RuntimeError as error:
+        raise MachineError(f"{address} has not taken the job: {error}") from None
 
 
 def _start(
@@ -189,25 +202,16 @@ def _start(
     same = [job for job in client.list_jobs() if _is_attempt(job.submission_id, name)]
     running = [str(job.submission_id) for job in same if not job.status.is_terminal()]
     if running and not join:
-        raise _runs_already(sweep, running[0])
+        raise TunerError(f"{sweep!r} runs on this cluster already, as job {running[0]}: add --follow to watch it")
     job_id = running[0] if running else f"{name}-{len(same) + 1}"
     if not running:
         with _packed(files) as runtime_env:
-            try:
-                client.submit_job(entrypoint=_entrypoint(address, words), submission_id=job_id, runtime_env=runtime_env)
-            except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise
-                raise _runs_already(sweep, job_id) from None  # somebody else was faster
+            _submit(client, address, words, submission_id=job_id, runtime_env=runtime_env)
     return Job(sweep, job_id, address, _root_where_it_began(client, job_id), client)
 
 
 def _is_attempt(job_id: str | None, name: str) -> bool:
     return job_id is not None and job_id.rpartition("-")[0] == name
-
-
-def _runs_already(sweep: str, job_id: str) -> TunerError:
-    return TunerError(f"{sweep!r} runs on this cluster already, as job {job_id}: add --follow to watch it")
 
 
 @contextmanager
@@ -232,14 +236,17 @@ def _root_where_it_began(client: JobSubmissionClient, job_id: str) -> str:
 
 
 def _log(client: JobSubmissionClient, job_id: str, wait_s: float = 1.0) -> Iterator[str]:
-    """The lines that a job's own command writes, until it is over.
+    """The lines that a job's own command writes, until it is over. Raises MachineError when nobody answers any more.
 
     Ray gives its log as a whole only, or to coroutines: it is asked for anew, the more seldom the longer it is.
     """
     shown = 0
     while True:
-        over = client.get_job_info(job_id).status.is_terminal()  # first: what it wrote before that is then in the log
-        text = client.get_job_logs(job_id)
+        try:
+            over = client.get_job_info(job_id).status.is_terminal()  # first: all that it has written is then in the log
+            text = client.get_job_logs(job_id)
+        except OSError:  # as requests' own are
+            raise MachineError(f"the cluster does not answer any more; if it lasts, so does job {job_id}") from None
         entry = text.find(_ENTRY)
         begin = (entry >= 0 and text.find("\n", entry) + 1) or len(text)
         end = len(text) if over else text.rfind("\n") + 1
@@ -251,7 +258,7 @@ def _log(client: JobSubmissionClient, job_id: str, wait_s: float = 1.0) -> Itera
 
 
 def _exit_code(client: JobSubmissionClient, job_id: str) -> int:
-    """Of a job that is over. Raises MachineError when its command never ran, TunerError when it was killed."""
+    """Of a job that is over. Raises MachineError when its command never ran, or not to its end."""
     info = client.get_job_info(job_id)
     if info.driver_exit_code == _NO_SUCH_COMMAND:
         raise MachineError(f"the cluster has no command `tuner`: its image needs tuner {version('tuner')}")

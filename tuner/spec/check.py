@@ -35,7 +35,7 @@ def check_values(
     if spec is not None:
         spec = make_absolute(spec, base, root)
         told = [problem.key for problem in problems]
-        checks = [check for check in CHECKS if not (elsewhere and check is check_paths)]
+        checks = [check for check in CHECKS if not (elsewhere and check in OF_THIS_MACHINE)]
         found = [problem for check in checks for problem in check(spec)]
         found = [problem for problem in found if not problem.key.endswith(_left_out(values, spec))]
         problems += [problem for problem in found if not any(_touch(problem.key, key) for key in told)]
@@ -56,6 +56,7 @@ CHECKS = (
     check_needs,
 )
 """Each takes a spec of the right shape and returns what is wrong with it."""
+OF_THIS_MACHINE = (check_paths, check_needs)
 
 
 def _left_out(values: Mapping[str, Any], spec: SweepSpec) -> tuple[str, ...]:
