@@ -16,7 +16,7 @@ from tuner.execution.engine import MOST_DEATHS, Engines, start_engines
 from tuner.execution.events import Silent
 from tuner.execution.machine import place, ray_cluster
 from tuner.execution.preparation import prepare_on_ray
-from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.layout import SweepFolder
 from tuner.spec.load import load_spec
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
@@ -32,7 +32,7 @@ class Serving:
 
     def __init__(self, spec: SweepSpec, engines: Engines):
         self.spec = spec
-        self.folder: SweepFolder = Root(Path(spec.storage.root)).sweep(spec.name)
+        self.folder: SweepFolder = SweepFolder.of(spec)
         self.engine = engines.actors[0]
         self.facts = prepare_on_ray(engines, None, Silent())
         self.ahead = milestones(BUDGET, EVALS)

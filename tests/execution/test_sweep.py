@@ -176,7 +176,7 @@ def test_the_results_are_there_for_a_script(finished):
 
 def test_a_model_can_be_promoted_again_and_rolled_back(finished):
     sweep, _ = finished
-    root = Root(Path(sweep.spec.storage.root))
+    root = Root.of(sweep.spec)
     first = registry.current(root, "production")
     assert (first.name, first.path) == ("v1", Path(sweep.state().promoted["path"]))
     with pytest.raises(tuner.PromotionRefused, match="not better than"):

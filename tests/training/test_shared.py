@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tuner.errors import InfeasibleError, NotShareable
-from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.layout import SweepFolder
 from tuner.spec.load import parse_spec
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
@@ -115,7 +115,7 @@ class Sweep:
 
     @property
     def sweep_folder(self) -> SweepFolder:
-        return Root(Path(self.spec.storage.root)).sweep(self.spec.name)
+        return SweepFolder.of(self.spec)
 
 
 @pytest.fixture(scope="module")
