@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from tuner.errors import PromotionRefused
+from tuner.errors import PromotionRefused, TunerError
 from tuner.promotion.card import write_card
 from tuner.promotion.fresh import MergeJob, Progress, run_fresh
 from tuner.promotion.gate import decide
@@ -233,12 +233,19 @@ def _promotion(
 
 
 def _push(version: Version, repository: str, progress: Progress) -> str:
-    """Upload a version's folder as it is; the repository is made private where there is none."""
+    """Upload a version's folder as it is; the repository is made private where there is none.
+
+    Raises TunerError where the hub refuses or is out of reach: the version is promoted all the same.
+    """
     from huggingface_hub import HfApi
 
     progress(f"uploading to {repository}")
     api = HfApi()
-    api.create_repo(repository, private=True, exist_ok=True)
-    message = f"{version.alias} {version.name}"
+    title = f"{version.alias} {version.name}"
     folder = version.root.fetch(version.path)
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message))
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=title))
+    except Exception as error:  # the hub's client has one for each of its ways to fail, and its HTTP client others
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TunerError(f"{title} is promoted, but it was not uploaded to {repository}: {said}") from error
