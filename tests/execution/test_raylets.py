@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from raylets import Raylets, raylets
+from raylets import Raylets, kill_with_family, raylets
 from real_sweeps import Command, write_spec
 
 import tuner
@@ -59,6 +63,37 @@ def overlaps(spans: list[tuple[float, float]]) -> int:
     return sum(one[0] < other[1] and other[0] < one[1] for one, other in combinations(spans, 2))
 
 
+WATCH = """
+import time, ray
+from ray.util import placement_group_table
+ray.init(log_to_driver=False, logging_level="error")
+known = {}
+while True:
+    for name, group in placement_group_table().items():
+        if len(group["bundles"]) == 2 and known.get(name) != group["state"]:
+            known[name] = group["state"]
+            print(time.time(), group["state"], flush=True)
+    time.sleep(0.5)
+"""
+
+
+@contextmanager
+def groups_watched(cluster: Raylets) -> Iterator[Callable[[str], list[float]]]:
+    """When groups of two workers were CREATED or REMOVED, as a driver of its own sees it."""
+    command, environment = [sys.executable, "-c", WATCH], {**os.environ, **cluster.environment}
+    with tempfile.TemporaryFile("w+") as said:
+        watcher = subprocess.Popen(command, stdout=said, env=environment)
+
+        def when(state: str) -> list[float]:
+            said.seek(0)
+            return [float(line.split()[0]) for line in said if state in line]
+
+        try:
+            yield when
+        finally:
+            kill_with_family(watcher)
+
+
 def test_a_sweep_waits_for_nodes_says_so_and_spreads_its_trials_over_those_that_join(tiny_model_dir, tmp_path):
     write(tmp_path, tiny_model_dir, "joined", trials=1)
     with raylets() as cluster:
@@ -79,24 +114,37 @@ def test_a_sweep_waits_for_nodes_says_so_and_spreads_its_trials_over_those_that_
 
 
 @pytest.mark.cluster
-def test_a_search_with_asha_goes_on_where_a_trial_was_stopped_and_on_a_node_that_joins(nodes, tiny_model_dir, tmp_path):
+def test_a_search_of_sharded_trials_gives_back_the_workers_of_those_it_stops_and_uses_a_node_that_joins(
+    nodes, tiny_model_dir, tmp_path
+):
     stopping = {"type": "asha", "grace_evals": 1, "reduction_factor": 2}
-    write(tmp_path, tiny_model_dir, "halving", trials=6, stopping=stopping)
-    command = start(nodes, tmp_path, "halving")
-    command.wait_for("trial 2 starts")
-    joined = time.time()
-    node = nodes.add(2)
-    try:
-        sweep = finished(command, tmp_path, "halving")
-    finally:
-        nodes.remove(node)
-    spans = worked(sweep)
-    assert {trial.outcome for trial in sweep.records()} == {"COMPLETED", "STOPPED"}
-    alone = [span for span in spans if span[1] < joined]
-    assert overlaps(alone) == 0
-    assert overlaps(spans) > 0
-    pauses = [spans[number + 1][0] - end for number, (_, end) in enumerate(alone)]
-    assert max(pauses) < 15, pauses
+    resources = {"workers_per_trial": 2, "strategy": "zero2"}
+    write(tmp_path, tiny_model_dir, "halving", trials=5, stopping=stopping, resources=resources)
+    with groups_watched(nodes) as when:
+        command = start(nodes, tmp_path, "halving")
+        command.wait_for("trial 1 starts")
+        node = nodes.add(2)
+        try:
+            sweep = finished(command, tmp_path, "halving")
+        finally:
+            nodes.remove(node)
+        created, removed = when("CREATED"), when("REMOVED")
+    trials = sweep.records()
+    assert {trial.outcome for trial in trials} == {"COMPLETED", "STOPPED"}, trials
+    at_once = [sum(one <= moment for one in created) - sum(one < moment for one in removed) for moment in created]
+    assert max(at_once) == 2, (created, removed)  # only the node that joined makes room for another
+    for trial in trials:
+        over = trial.finished.timestamp()
+        assert any(over - 5 < moment < over + 15 for moment in removed), (trial, removed)
+
+
+@pytest.mark.cluster
+def test_every_node_has_an_engine_and_trials_spread_over_them(nodes, tiny_model_dir, tmp_path):
+    write(tmp_path, tiny_model_dir, "engines", trials=4, resources={"share_base": 1}, search={"sampler": "random"})
+    sweep = finished(start(nodes, tmp_path, "engines"), tmp_path, "engines")
+    assert all(trial.outcome == "COMPLETED" for trial in sweep.records())
+    assert (sweep.state().sharing or {})["engines"] == 2
+    assert overlaps(worked(sweep)) > 0  # of one slot each
 
 
 @pytest.mark.cluster

@@ -12,10 +12,10 @@ from ray import tune
 from ray.tune.stopper import Stopper
 
 from tuner.execution.halt import Halt
-from tuner.execution.machine import Placement, free_nodes, live_nodes
+from tuner.execution.machine import Placement, live_nodes
 from tuner.execution.trial import FAILURE, PLACED, dedicated_trial
 from tuner.execution.trials import Trials
-from tuner.execution.waiting import Waiting
+from tuner.execution.waiting import PATIENCE_S, Waiting
 from tuner.results.store import Store
 from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
 from tuner.spec.trial import Ending, Report, TrialConfig
@@ -87,18 +87,18 @@ class Groups:
 
     def __init__(self, placement: Placement):
         self._placement = placement
-        self._waiting: set[int] = set()
+        self._waiting: dict[int, float] = {}
         self._running: set[int] = set()
 
     def asked(self, number: int) -> None:
-        self._waiting.add(number)
+        self._waiting[number] = time.monotonic()
 
     def placed(self, number: int) -> None:
-        self._waiting.discard(number)
+        self._waiting.pop(number, None)
         self._running.add(number)
 
     def ended(self, number: int) -> None:
-        self._waiting.discard(number)
+        self._waiting.pop(number, None)
         self._running.discard(number)
 
     @property
@@ -107,14 +107,15 @@ class Groups:
         return bool(self._running)
 
     def room(self) -> bool:
-        """Whether to ask for one more trial: on the nodes of this moment, and while no more wait than could start.
+        """Whether to ask for one more trial: on the nodes of this moment, unless one has waited long.
 
-        One may always wait: it is what an autoscaler starts nodes for, and what holds the sweep's turn.
+        Where nodes may join, one may always wait: it is what an autoscaler starts them for.
         """
-        there = len(self._running) + len(self._waiting)
-        if there >= max(1, self._placement.wanted(live_nodes())):
-            return False
-        return len(self._waiting) < max(1, self._placement.fits(free_nodes()))
+        there, most = len(self._running) + len(self._waiting), self._placement.most
+        if not there or (self._placement.ahead and not self._waiting):
+            return there < most
+        stuck = any(time.monotonic() - asked > PATIENCE_S for asked in self._waiting.values())
+        return not stuck and there < min(most, self._placement.fits(live_nodes()))
 
 
 class _TuneStopper(NeverPickled, Stopper):
