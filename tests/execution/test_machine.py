@@ -58,6 +58,7 @@ def test_the_cluster_is_divided_among_trials(nodes, resources, worker, concurren
     [
         ({"train": {"optim": "paged_adamw_8bit"}}, "train.optim paged_adamw_8bit keeps its state in memory that a GPU"),
         ({"train": {"use_liger_kernel": True}}, "train.use_liger_kernel takes kernels that are written for GPUs"),
+        ({"train": {"activation_offloading": True}}, "train.activation_offloading moves activations off a GPU"),
         ({"train": {"tf32": True}}, "train.tf32 is a number format of GPUs"),
         ({"model": {"name": "m", "attn_implementation": "flash_attention_2"}}, "flash_attention_2 is written for GPUs"),
     ],

@@ -96,6 +96,7 @@ BAD_SPECS = [
     ("train.optim=galore_adamw_layerwise train.optim_target_modules=attn train.gradient_accumulation_steps=2", "train.optim: got 'galore_adamw_layerwise'; allowed: others, since train.gradient_accumulation_steps is not 1"),
     ("train.optim_target_modules=attn", "train.optim_target_modules: got 'attn'; allowed: null, since adamw_torch_fused looks at no modules"),
     ("train.optim_args='rank=4' train.optim=adamw_8bit", "train.optim_args: got 'rank=4'; allowed: null, since adamw_8bit reads none"),
+    ("train.optim=schedule_free_adamw train.warmup_steps=0.1", "train.warmup_steps: got 0.1; allowed: a number of steps: a schedule-free optimizer knows no share of them"),
     ("train.activation_checkpointing=false train.activation_checkpointing_kwargs={use_reentrant: true}", "train.activation_checkpointing_kwargs: got {use_reentrant: true}; allowed: null, since nothing is checkpointed"),
     ("train.gradient_checkpointing_kwargs={use_reentrant: true, selective: true}", "train.gradient_checkpointing_kwargs.use_reentrant: got true; allowed: false or nothing, since selective checkpointing is not reentrant"),
     ("train.liger_kernel_config={rope: true}", "train.liger_kernel_config: got {rope: true}; allowed: null, since train.use_liger_kernel is false"),

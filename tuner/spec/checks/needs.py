@@ -44,6 +44,12 @@ _OF_OPTIMIZER = {
 }
 """How an optimizer's name begins -> the module that it is in."""
 
+_FOR_GPUS = {
+    "train.use_liger_kernel": "train.use_liger_kernel takes kernels that are written for GPUs",
+    "train.activation_offloading": "train.activation_offloading moves activations off a GPU",
+    "train.tf32": "train.tf32 is a number format of GPUs",
+}
+
 
 def check_needs(spec: SweepSpec) -> list[Problem]:
     """Find every option whose package is not installed."""
@@ -76,8 +82,4 @@ def why_gpu(spec: SweepSpec) -> list[str]:
     flash = [value for value in possible_values(spec, "model.attn_implementation") if str(value).startswith("flash")]
     reasons = [f"train.optim {value} keeps its state in memory that a GPU and its host share" for value in paged]
     reasons += [f"model.attn_implementation {value} is written for GPUs" for value in flash]
-    if True in possible_values(spec, "train.use_liger_kernel"):
-        reasons.append("train.use_liger_kernel takes kernels that are written for GPUs")
-    if True in possible_values(spec, "train.tf32"):
-        reasons.append("train.tf32 is a number format of GPUs")
-    return reasons
+    return reasons + [reason for key, reason in _FOR_GPUS.items() if True in possible_values(spec, key)]
