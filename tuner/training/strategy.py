@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from trl import SFTTrainer
 
-_BY_TRAINER = {
+_BY_TRAINER: dict[str, Any] = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -68,6 +68,8 @@ def sharing_arguments(resources: ResourcesSpec) -> dict[str, Any]:
     _start_deepspeed()
     assert not isinstance(resources.deepspeed, str)  # a file was read with the spec
     settings = copy.deepcopy(resources.deepspeed or DEEPSPEED[resources.strategy])
+    for key, value in _BY_TRAINER.items():  # about which settings of one's own may be silent
+        settings[key] = {**value, **settings.get(key, {})} if isinstance(value, dict) else value
     if resources.offload:
         zero = settings["zero_optimization"]
         zero.setdefault("offload_optimizer", {"device": "cpu"})

@@ -110,7 +110,9 @@ def _check_deepspeed(settings: dict[str, Any], strategy: str) -> Iterator[Proble
     for key, instead in AUTO_ONLY.items():
         section, _, name = key.rpartition(".")
         values = settings.get(section, {}) if section else settings
-        if isinstance(values, dict) and values.get(name, "auto") != "auto":
+        if not isinstance(values, dict):
+            yield Problem(f"{at}.{section}", show(values), "keys and values")
+        elif values.get(name, "auto") != "auto":
             yield Problem(f"{at}.{key}", show(values[name]), f"'auto', since {instead} says it", "auto")
 
 
