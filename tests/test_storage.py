@@ -19,6 +19,7 @@ from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.promotion.registry import Version, current, history, next_version, publish, rollback, staging, versions
 from tuner.results.store import Store, sweep_names
 from tuner.spec.layout import Root
+from tuner.training.checkpoint import newest_checkpoint
 
 
 def save_adapter(folder: Path, weights: bytes = b"weights") -> Path:
@@ -110,6 +111,26 @@ def test_half_a_folder_is_none_whether_it_was_on_its_way_there_or_gone(s3_root, 
     assert not root.exists(folder)
     with pytest.raises(FileNotFoundError):
         root.fetch(folder)
+
+
+def test_a_trial_goes_on_from_a_checkpoint_of_another_node_but_not_from_half_a_one(s3_root, tmp_path):
+    root, elsewhere = Root.at(s3_root), Root(tmp_path / "another-node", s3_root)
+    sweep = root.sweep("demo")
+    for step, whole in [(9, True), (10, True), (11, False)]:
+        folder = save_adapter(sweep.trial_checkpoints(3) / f"checkpoint-{step}", str(step).encode())
+        root.keep(folder, stays=True)
+        if whole:
+            (folder / "report.json").write_text(json.dumps(make_report(step * 100, 2.0).as_dict()))
+            root.keep(folder / "report.json", stays=True)
+    there = elsewhere.sweep("demo")
+    assert there.goes_on(3)
+    assert not there.goes_on(2)
+    found = newest_checkpoint(there.trial_checkpoints(3), elsewhere)
+    assert found is not None
+    assert (found.report.step, found.folder.name) == (10, "checkpoint-10")
+    assert (found.folder / "adapter_model.safetensors").read_bytes() == b"10"
+    root.forget(sweep.trial_checkpoints(3))
+    assert not there.goes_on(3)
 
 
 def test_a_sweep_is_opened_listed_and_not_begun_twice(s3_root, postgres_study):
