@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from test_shared import Sweep, configs_for, together
 from test_trial import spec_for
 from transformers import AutoModelForCausalLM
 
-from tuner.spec.layout import SweepFolder
+from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
@@ -57,6 +58,7 @@ class Trial:
         self.spec: SweepSpec = spec_for(tiny_model_dir, folder, train=TRAIN | train, lora=lora, **sections)
         self.facts = prepare_sweep(self.spec, lambda stage, done, total: None)
         self.folder = folder
+        self.checkpoints, self.root = folder / "out", Root(folder)
 
     def run(self, evals: int = EVALS, watch: Callable[[Any], None] = lambda trainer: None) -> list[Report]:
         """What is reported until the trial is over, or cut off; `watch` is shown the trainer before it trains."""
@@ -78,7 +80,8 @@ class Trial:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trial, "plan_trial", planned)
             try:
-                trial.run_trial(self.spec, resolve(self.spec, 0, {}), self.facts, self.folder / "out", emit)
+                config = resolve(self.spec, 0, {})
+                trial.run_trial(self.spec, config, self.facts, self.checkpoints, emit, self.root)
             except CutOff:
                 assert len(reports) == evals
         return reports
@@ -132,7 +135,7 @@ def test_a_trial_that_is_cut_off_goes_on_as_if_it_had_not_been(train, lora, tria
     again = trial_of("again", lora, **train)
     before = again.run(evals=4)  # in the second epoch
     assert before[-1].epoch > 1
-    assert [folder.name for folder in (again.folder / "out").glob("checkpoint-*")] == [f"checkpoint-{before[-1].step}"]
+    assert [folder.name for folder in again.checkpoints.glob("checkpoint-*")] == [f"checkpoint-{before[-1].step}"]
     after = again.run()
     assert after[0] == before[-1]  # once more: nobody knows whether it was heard
     assert difference([*before, *after[1:]], whole) < 1e-5
@@ -142,8 +145,24 @@ def test_a_trial_that_is_cut_off_goes_on_as_if_it_had_not_been(train, lora, tria
 def test_a_checkpoint_that_is_not_whole_is_not_gone_on_from(trial_of):
     again = trial_of()
     (before,) = again.run(evals=1)
-    (again.folder / "out" / f"checkpoint-{before.step}" / "report.json").unlink()
+    (again.checkpoints / f"checkpoint-{before.step}" / "report.json").unlink()
     assert difference(again.run(evals=1), [before]) == 0
+
+
+def test_a_trial_whose_root_is_an_object_store_goes_on_on_another_node(trial_of, s3_root):
+    again = trial_of()
+    again.root = Root.at(s3_root)
+    folder = again.root.sweep("one-trial")
+    again.checkpoints = folder.trial_checkpoints(0)
+    assert not folder.goes_on(0)
+    before = again.run(evals=2)
+    shutil.rmtree(again.root.path)
+    assert folder.goes_on(0)
+    after = again.run(evals=2)
+    assert [after[0].tokens, after[1].tokens] == [before[1].tokens, before[1].tokens + before[0].tokens]
+    assert again.root.names(again.checkpoints) == [f"checkpoint-{after[1].step}"]
+    folder.root.forget(again.checkpoints)
+    assert not folder.goes_on(0)
 
 
 def test_a_trial_whose_optimizer_no_checkpoint_holds_begins_again(trial_of):
