@@ -176,6 +176,16 @@ def test_adapters_that_are_kept_no_longer_are_deleted_in_the_store(s3_root, post
     assert store.record(0).adapter_path == f"{s3_root}/sweeps/pydoc-lora/trials/00000/tokens-000000000750"
 
 
+def test_what_may_be_written_once_may_be_tried_again_by_who_wrote_it(s3_root):
+    """As the client does when the answer to its first try was lost."""
+    root = Root.at(s3_root)
+    root.create(root.path / "claim", "mine")
+    root.create(root.path / "claim", "mine")
+    with pytest.raises(FileExistsError):
+        root.create(root.path / "claim", "another's")
+    assert root.read(root.path / "claim") == "mine"
+
+
 def test_every_version_is_kept_and_the_alias_follows_promotions_and_rollbacks(s3_root, tmp_path):
     root = Root.at(s3_root)
     assert (versions(root, "production"), current(root, "production")) == ([], None)
@@ -198,7 +208,7 @@ def test_a_model_whose_upload_broke_off_is_no_version_and_its_number_is_not_give
     root = Root.at(s3_root)
     publish_one(root)
     half = Version(root, "production", 2)
-    root.create(half.path / ".claimed", "")
+    root.create(half.path / ".claimed", "somebody")
     root.create(half.path / "model.safetensors", "half")
     assert [version.name for version in versions(root, "production")] == ["v1"]
     assert current(root, "production") == Version(root, "production", 1)

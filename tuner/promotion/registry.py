@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -147,7 +148,7 @@ def publish(
 def _upload(version: Version, folder: Path) -> None:
     """Put a folder where nobody else is putting one: whose claim comes second may not."""
     try:
-        version.root.create(version.path / _CLAIM, "")
+        version.root.create(version.path / _CLAIM, secrets.token_hex(8))
     except FileExistsError:
         raise AliasMoved(version.alias) from None
     os.replace(folder, version.path)

@@ -55,9 +55,16 @@ class Objects:
             return bytes(self._api.get(self._store, key).bytes()).decode("utf-8")
 
     def create(self, key: str, text: str) -> None:
-        """Write a file that must not be there yet: of several who try, one does. Raises FileExistsError."""
-        with self._in_words():
-            self._api.put(self._store, key, text.encode("utf-8"), mode="create", use_multipart=False)
+        """Write a file that must not be there yet: of several who try, one does. Raises FileExistsError.
+
+        The text must be the writer's alone: if it is there already, it is from a try whose answer was lost.
+        """
+        try:
+            with self._in_words():
+                self._api.put(self._store, key, text.encode("utf-8"), mode="create", use_multipart=False)
+        except FileExistsError:
+            if self.read(key) != text:
+                raise
 
     def put(self, path: Path, key: str) -> None:
         """Copy a file or a folder there."""
