@@ -43,7 +43,7 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=job["workers"], use_gpu="GPU" in job["resources"], resources_per_worker=job["resources"]
         ),
-        torch_config=TorchConfig(backend="nccl" if "GPU" in job["resources"] else "gloo"),
+        torch_config=TorchConfig(backend=_backend(job)),
         run_config=ray.train.RunConfig(
             name=folder.trial(config["number"]).name,
             storage_path=str(folder.trial(config["number"]).parent),
@@ -109,6 +109,13 @@ def _emit(report: Report, save: Callable[[Path], None], rank: int) -> None:
             save(Path(folder))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(report.as_dict(), checkpoint=checkpoint, checkpoint_dir_name=name)
+
+
+def _backend(job: dict[str, Any]) -> str:
+    """What is offloaded is also reduced on CPUs, which NCCL cannot."""
+    if "GPU" not in job["resources"]:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if job["spec"]["resources"]["offload"] else "nccl"
 
 
 def _folder(job: dict[str, Any]) -> SweepFolder:
