@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from transformers.training_args import OptimizerNames
 
 from tuner.spec.layout import CHECKPOINT_REPORT, Root
 from tuner.spec.trial import Report
@@ -25,7 +26,7 @@ _STATE_ELSEWHERE = ("galore", "apollo", "lomo", "adalomo")
 
 def can_go_on(args: SFTConfig) -> bool:
     """Whether a trial with these settings, cut off, would go on as if it had not been; otherwise it begins again."""
-    return not str(args.optim.value).startswith(_STATE_ELSEWHERE)
+    return not OptimizerNames(args.optim).value.startswith(_STATE_ELSEWHERE)
 
 
 @dataclass(frozen=True)

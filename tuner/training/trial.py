@@ -77,8 +77,8 @@ def run_trial(
     cut_off = newest_checkpoint(output_dir, root)
     if cut_off:
         print(f"trial {config['number']} goes on from its last evaluation", flush=True)
-    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, cut_off and cut_off.report))
-    planned.trainer.train(resume_from_checkpoint=cut_off and str(cut_off.folder))
+    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, cut_off.report if cut_off else None))
+    planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
 
 
 @dataclass(frozen=True)
