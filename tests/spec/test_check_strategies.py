@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tuner.spec.check import check_values
+from tuner.spec.sharing import why_not_shared
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
@@ -137,6 +138,21 @@ def test_workers_must_divide_the_rows_of_every_step(train, space, wrong, tmp_pat
     found = problems(tmp_path, {}, train=train, space=searched)
     assert list(found) == ([wrong] if wrong else [])
     assert all("resources.workers_per_trial, 2, divides" in text for text in found.values())
+
+
+def test_a_sharded_trial_shares_no_base_with_others_not_even_one_of_one_worker(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
+    values = {
+        "name": "checked",
+        "model": {"name": "org/model"},
+        "data": {"path": "rows.jsonl"},
+        "space": {"lora.r": {"type": "choice", "values": [8, 16]}},
+        "budget": {"trials": 2, "tokens_per_trial": 1000},
+        "resources": {"strategy": "zero3", "offload": True},
+    }
+    spec, _ = check_values(values, tmp_path)
+    assert spec is not None
+    assert why_not_shared(spec) == ["resources.strategy is zero3"]
 
 
 def test_an_order_that_each_worker_would_draw_for_itself_is_refused(tmp_path):
