@@ -25,8 +25,8 @@ def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     asked["name"] = "slots"
     asked["resources"] |= {"share_base": 2, "max_concurrent_trials": None}
     asked["budget"]["trials"] = 6
-    good, bad, diverging, lomo, packed = asked["search"]["enqueue"]
-    asked["search"]["enqueue"] = [good, diverging, lomo, bad, packed]
+    good, bad, diverging, galore, packed = asked["search"]["enqueue"]
+    asked["search"]["enqueue"] = [good, diverging, galore, bad, packed]
     return tuner.run(parse_spec(asked, folder))
 
 
@@ -48,8 +48,8 @@ def test_every_outcome_is_the_same_as_on_bases_of_their_own(finished):
 
 def test_a_trial_that_trains_apart_fails_as_on_a_base_of_its_own(finished):
     failed = finished.trial(2)
-    assert failed.point["train.optim"] == "lomo"
-    assert "lomo" in failed.reason
+    assert failed.point["train.optim"] == "galore_adamw"
+    assert "no_such_module" in failed.reason
     assert "Traceback" in failed.log_tail
     assert failed.log_tail in finished.folder.trial_log(2).read_text()
 

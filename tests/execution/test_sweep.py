@@ -42,12 +42,13 @@ def spec_for(tiny_model_dir: Path, folder: Path) -> SweepSpec:
                 "per_device_train_batch_size": 4,
                 "gradient_checkpointing": False,
                 "lr_scheduler_type": "constant",
+                "optim_target_modules": ["no_such_module"],
             },
             "lora": {"r": 16},
             "space": {
                 "train.learning_rate": {"type": "choice", "values": [GOOD, BAD, DIVERGING]},
-                # the second needs a package that is not installed, which only the trainer finds out
-                "train.optim": {"type": "choice", "values": ["adamw_torch", "lomo"]},
+                # the second finds none of its modules, which only the trainer finds out
+                "train.optim": {"type": "choice", "values": ["adamw_torch", "galore_adamw"]},
                 "train.packing": {"type": "choice", "values": ["none", "bfd"]},
             },
             "budget": {"trials": 5, "tokens_per_trial": 6000, "evals_per_trial": 6},
@@ -57,7 +58,7 @@ def spec_for(tiny_model_dir: Path, folder: Path) -> SweepSpec:
                     {"train.learning_rate": GOOD, **plain},
                     {"train.learning_rate": BAD, **plain},
                     {"train.learning_rate": DIVERGING, **plain},
-                    {"train.learning_rate": GOOD, **plain, "train.optim": "lomo"},
+                    {"train.learning_rate": GOOD, **plain, "train.optim": "galore_adamw"},
                     {"train.learning_rate": GOOD, **plain, "train.packing": "bfd"},
                 ],
             },
@@ -126,7 +127,7 @@ def test_every_trial_ends_with_the_outcome_it_deserves(finished):
 def test_a_failed_trial_keeps_its_reason_and_its_log(finished):
     failed = finished[0].trial(3)
     assert failed.reason is not None
-    assert "lomo" in failed.reason
+    assert "no_such_module" in failed.reason
     assert failed.log_tail is not None
     assert "Traceback" in failed.log_tail
 
