@@ -140,6 +140,22 @@ def test_workers_must_divide_the_rows_of_every_step(train, space, wrong, tmp_pat
     assert all("resources.workers_per_trial, 2, divides" in text for text in found.values())
 
 
+@pytest.mark.parametrize(
+    ("strategy", "optim", "words"),
+    [
+        ("fsdp", "adamw_bnb_8bit", "only torch's own optimizers know the sharded weights"),
+        ("fsdp", "adafactor", "only torch's own optimizers know the sharded weights"),
+        ("zero2", "adafactor", "ZeRO flattens weights"),
+        ("zero3", "adamw_bnb_8bit", None),
+        ("ddp", "adafactor", None),
+    ],
+)
+def test_optimizers_are_refused_where_they_fail_or_compute_otherwise(strategy, optim, words, tmp_path):
+    found = problems(tmp_path, {"strategy": strategy}, train={"optim": optim})
+    assert list(found) == (["train.optim"] if words else [])
+    assert all(words in text for text in found.values())
+
+
 def test_a_sharded_trial_shares_no_base_with_others_not_even_one_of_one_worker(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
     values = {

@@ -13,6 +13,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from tuner.spec.checks.fields import possible_values
+from tuner.spec.checks.strategies import why_not_optimizer
 from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import TrialConfig
@@ -88,6 +89,8 @@ def choose_strategy(spec: SweepSpec, cache: Path) -> Chosen:
     if whole.total <= USABLE * room:
         return told("ddp")
     quantization, dtype = config["model"]["quantization"], config["model"]["dtype"]
+    if why := why_not_optimizer("fsdp", config["train"].get("optim", "adamw_torch")):
+        return told("ddp", f": too much, but {why}")
     if quantization == "int8" or (quantization == "nf4" and dtype != "bfloat16"):
         return told("ddp", f": too much, but {quantization} weights of a {dtype} model cannot be sharded")
     left = "" if needs("fsdp").total <= USABLE * room else ", likely too much: use more workers, or offload"

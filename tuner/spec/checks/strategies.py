@@ -21,6 +21,9 @@ _WHY_NOT = {
     "int8": "what scales an int8 weight does not follow it where it is sharded or cast",
 }
 
+TORCH_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+_OF_SHAPES = ("adafactor", "galore", "apollo", "lomo", "adalomo")
+
 DEEPSPEED_KEYS = (
     *("zero_optimization", "bf16", "fp16", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size"),
     *("train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
@@ -63,7 +66,16 @@ FSDP_OWNED = {
 
 def check_strategy(spec: SweepSpec) -> list[Problem]:
     """Find everything about workers and sharding that cannot work together."""
-    return [*_check_settings(spec), *_check_quantization(spec), *_check_batches(spec)]
+    return [*_check_settings(spec), *_check_quantization(spec), *_check_optimizers(spec), *_check_batches(spec)]
+
+
+def why_not_optimizer(strategy: str, optim: str) -> str | None:
+    """Why an optimizer cannot train what this strategy shards; None where it can."""
+    if strategy == "fsdp" and optim not in TORCH_OPTIMIZERS:
+        return "only torch's own optimizers know the sharded weights of fsdp"
+    if strategy.startswith("zero") and optim.startswith(_OF_SHAPES):
+        return "it looks at a weight's rows and columns, and ZeRO flattens weights"
+    return None
 
 
 def _check_settings(spec: SweepSpec) -> Iterator[Problem]:
@@ -144,6 +156,13 @@ def _check_quantization(spec: SweepSpec) -> Iterator[Problem]:
         if quantization == "nf4" and strategy == "fsdp" and possible_values(spec, "model.dtype") != ["bfloat16"]:
             allowed_type = "bfloat16, which nf4 weights are stored as so that fsdp shards them"
             yield Problem(place_of(spec, "model.dtype"), "another type", allowed_type, "bfloat16")
+
+
+def _check_optimizers(spec: SweepSpec) -> Iterator[Problem]:
+    at = "train.optim"
+    for optim in possible_values(spec, at):
+        if why := why_not_optimizer(spec.resources.strategy, str(optim)):
+            yield Problem(place_of(spec, at), show(optim), f"{any_of(TORCH_OPTIMIZERS)}: {why}", "adamw_torch")
 
 
 def _check_batches(spec: SweepSpec) -> Iterator[Problem]:
