@@ -38,7 +38,8 @@ matmul       training's 4 N FLOPs per token, as a share of what a matrix product
 
 
 def read_results(folder: Path = RESULTS) -> list[Result]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "grid.json"]
+    others = ("grid", "scale")
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem not in others]
 
 
 def table(results: Iterable[Result]) -> str:
