@@ -22,6 +22,7 @@ class Trials:
         self._store = store
         self._display = display
         self._running: set[int] = set()
+        self._over: list[int] = []
         self._failures: dict[int, Ending] = {}
         self._kept = set(store.with_adapters())
 
@@ -72,6 +73,7 @@ class Trials:
         folder = self._store.folder
         folder.root.forget(folder.trial_state(number))
         folder.root.forget(folder.trial_checkpoints(number))
+        self._over.append(number)
         self._kept = keep_best_adapters(self._store, self._kept | {number})
         self._display.trial_finished(self._store.record(number))
 
@@ -79,3 +81,6 @@ class Trials:
         """Those that were running when all were told to stop, of which nobody has said more."""
         for number in sorted(self._running):
             self.ended(number)
+        folder = self._store.folder
+        for number in self._over:  # workers under Ray Train live on for some seconds, and may have come to a checkpoint
+            folder.root.forget(folder.trial_checkpoints(number))
