@@ -95,17 +95,22 @@ def submit(
 
 
 def resume(
-    name: str, root: str | Path | None = None, display: Display | None = None, log_output: bool = False
+    name: str,
+    *overrides: str,
+    root: str | Path | None = None,
+    display: Display | None = None,
+    log_output: bool = False,
 ) -> Sweep:
     """Continue a sweep that was cut off: finished trials stay, the total is what was asked for.
 
-    Raises `NotFoundError`, and `TunerError` when the sweep is running or finished.
+    With `"budget.trials=N"` it is N trials from now on, of a finished sweep as well. Raises `NotFoundError`,
+    `SpecError` for any other change, and `TunerError` when the sweep is running, or finished and nothing is added.
     """
     from tuner.execution.sweep import resume_sweep
 
     sweep = open(name, root)
-    resume_sweep(sweep.folder, display, log_output)
-    return sweep
+    resume_sweep(sweep.folder, overrides, display, log_output)
+    return open(name, root)
 
 
 def open(name: str, root: str | Path | None = None) -> Sweep:

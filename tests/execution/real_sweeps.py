@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -62,7 +63,8 @@ def trained_alone(spec: SweepSpec, config: Any, facts: dict[str, Any], folder: P
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several that wait for each other stand still on a busy machine
     try:
-        run_trial(spec, config, Preparation(**facts), folder, lambda report, save: reports.append(report))
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:  # or it would go on from another's checkpoint
+            run_trial(spec, config, Preparation(**facts), Path(fresh), lambda report, save: reports.append(report))
     finally:
         torch.set_num_threads(threads)
     return reports

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from tuner.results.ranking import best_trial
 from tuner.results.record import TrialRecord
 from tuner.results.store import Store
 from tuner.search.study import remaining_trials
+from tuner.spec.changes import with_more_trials
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 
@@ -47,13 +48,22 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     return store
 
 
-def resume_sweep(folder: SweepFolder, display: Display | None = None, log_output: bool = False) -> Store:
-    """Go on with a sweep that was cut off: finished trials stay, unfinished ones run again under their numbers."""
+def resume_sweep(
+    folder: SweepFolder, overrides: Sequence[str] = (), display: Display | None = None, log_output: bool = False
+) -> Store:
+    """Go on with a sweep that was cut off: finished trials stay, unfinished ones run again under their numbers.
+
+    With `budget.trials=N` among the overrides, more trials are run, of a finished sweep as well.
+    """
     store = Store.open(folder)
-    seen = store.status()
-    if seen.status == "finished":
-        raise TunerError(f"sweep {folder.name!r} is finished: nothing to resume")
+    seen, spec = store.status(), with_more_trials(store.spec, overrides)
+    if seen.status == "finished" and spec == store.spec:
+        raise TunerError(
+            f"sweep {folder.name!r} is finished: nothing to resume; more trials are added with --set budget.trials=N"
+        )
     store.take_over(seen)
+    if spec != store.spec:
+        store.set_spec(spec)
     display = display or Silent()
     if remaining_trials(store.spec, store.study) <= 0:
         with _driving(store, display, log_output):
@@ -120,7 +130,8 @@ def _conclude(store: Store, display: Display) -> None:
     if winner is None:
         store.set_status("failed", "no trial completed its budget")
         return
-    if store.spec.promotion is not None:
+    promoted = store.status().promoted or {}
+    if store.spec.promotion is not None and (promoted.get("trial"), "version" in promoted) != (winner.number, True):
         display.stage(f"Promoting trial {winner.number}")
         _promote(store, winner, display)
     store.set_status("finished")

@@ -23,6 +23,8 @@ from tuner.results import tables
 from tuner.results.database import connect, database_url, engine_options, one_at_a_time
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
+from tuner.spec.changes import differences
+from tuner.spec.checks.words import show
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.load import dump_spec
 from tuner.spec.sweep import NAME, SweepSpec
@@ -66,7 +68,7 @@ class Store:
                 folder.root.create(folder.spec, dump_spec(spec))
         except OSError:
             if folder.exists():  # somebody else was faster
-                raise _already_there(folder) from None
+                raise _already_there(folder, spec) from None
             raise
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
@@ -77,7 +79,7 @@ class Store:
         """Raise `TunerError` when a sweep of that name is there already."""
         folder = SweepFolder.of(spec)
         if folder.exists():
-            raise _already_there(folder)
+            raise _already_there(folder, spec)
 
     @classmethod
     def open(cls, folder: SweepFolder) -> Store:
@@ -85,13 +87,7 @@ class Store:
 
         Raises `NotFoundError`, and `TunerError` when its records are damaged or those of another version.
         """
-        try:
-            text = folder.root.read(folder.spec)
-        except FileNotFoundError:
-            raise NotFoundError(_no_such_sweep(folder)) from None
-        asked = parse_yaml(text, folder.root.address(folder.spec))
-        asked["storage"]["root"] = folder.root.place  # it may have moved since
-        spec = SweepSpec.model_validate(asked)
+        spec = _spec_of(folder)
         if spec.storage.study is None and not folder.study.exists():
             raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
         store = cls(spec, folder, database_url(spec, folder, "rw"))
@@ -266,6 +262,15 @@ class Store:
         if seen.status in ACTIVE or not self._update(values, unchanged):
             raise TunerError(f"sweep {self.spec.name!r} is running already")
 
+    def set_spec(self, spec: SweepSpec) -> None:
+        """Put another spec in the place of the sweep's, whose driver this is."""
+        text = self.folder.spec.with_name(".spec.yaml")
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(dump_spec(spec), encoding="utf-8")
+        self.folder.root.keep(text.replace(self.folder.spec))
+        self._update({"spec": spec.model_dump(mode="json")})
+        self.spec = spec
+
     def set_message(self, message: str | None) -> None:
         """Record what the running sweep waits for; None when it goes on."""
         self._update({"message": message})
@@ -325,13 +330,29 @@ def driver_lives(status: SweepStatus) -> bool:
         return False
 
 
-def _already_there(folder: SweepFolder) -> TunerError:
-    if folder.root.exists(folder.spec):
-        return TunerError(
-            f"sweep {folder.name!r} exists already in {folder.address}: `tuner results {folder.name}` shows it, "
-            f"`tuner resume {folder.name}` continues it if it was cut off, `--set name=...` gives this one another name"
-        )
-    return TunerError(f"{folder.path} exists but is no sweep (it has no spec.yaml): move it away")
+def _spec_of(folder: SweepFolder) -> SweepSpec:
+    """The spec that a sweep began with. Raises `NotFoundError`."""
+    try:
+        text = folder.root.read(folder.spec)
+    except FileNotFoundError:
+        raise NotFoundError(_no_such_sweep(folder)) from None
+    asked = parse_yaml(text, folder.root.address(folder.spec))
+    asked["storage"]["root"] = folder.root.place  # it may have moved since
+    return SweepSpec.model_validate(asked)
+
+
+def _already_there(folder: SweepFolder, spec: SweepSpec) -> TunerError:
+    if not folder.root.exists(folder.spec):
+        return TunerError(f"{folder.path} exists but is no sweep (it has no spec.yaml): move it away")
+    changes = [
+        f"{key} is {show(there)}, not {show(here)}"
+        for key, (there, here) in differences(_spec_of(folder), spec).items()
+    ]
+    another = f" with another spec ({'; '.join(changes[:5])}{'; ...' if changes[5:] else ''})" if changes else ""
+    return TunerError(
+        f"sweep {folder.name!r} exists already in {folder.address}{another}: `tuner results {folder.name}` shows it, "
+        f"`tuner resume {folder.name}` continues it if it was cut off, `--set name=...` gives this one another name"
+    )
 
 
 def _no_such_sweep(folder: SweepFolder) -> str:

@@ -1,0 +1,50 @@
+"""What differs between two specs, and the one change that a sweep takes once it has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tuner.errors import Problem, SpecError
+from tuner.spec.check import check_values
+from tuner.spec.checks.words import show
+from tuner.spec.layout import Root
+from tuner.spec.load import apply_overrides, dump_spec
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.text import parse_yaml
+
+MAY_GROW = "budget.trials"
+
+
+def differences(before: SweepSpec, after: SweepSpec) -> dict[str, tuple[Any, Any]]:
+    """Every dotted key whose value is another, with both."""
+    old, new = (dict(_flat(spec.model_dump(mode="json"))) for spec in (before, after))
+    keys = dict.fromkeys([*old, *new])
+    sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}  # empty on one side
+    return {key: (old.get(key), new.get(key)) for key in keys if key not in sections and old.get(key) != new.get(key)}
+
+
+def with_more_trials(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
+    """The spec of a sweep that is to run more trials. Raises SpecError for any other change: what could be compared?"""
+    if not overrides:
+        return spec
+    values = apply_overrides(parse_yaml(dump_spec(spec)), overrides)
+    changed, problems = check_values(values, Root.of(spec).path, None)
+    if changed is None:
+        raise SpecError(problems, "--set")
+    problems = [
+        Problem(key, show(new), f"{show(old)}, as the sweep began: only {MAY_GROW} may grow")
+        for key, (old, new) in differences(spec, changed).items()
+        if key != MAY_GROW or new < old
+    ]
+    if problems:
+        raise SpecError(problems, "--set")
+    return changed
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
