@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,6 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = _folder(job)
-    # Ray Train would go on from what it has noted of a run before, and refuse when an adapter of that is gone.
-    (folder.trial(config["number"]) / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "job": job},
@@ -54,6 +52,8 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:
+        with suppress(FileNotFoundError):
+            folder.root.fetch(folder.trial_log(config["number"]))
         ending = explain(error, folder.trial_log(config["number"]))
         tune.report({FAILURE: json.dumps(asdict(ending))})
 
@@ -76,9 +76,10 @@ def explain(error: TrainingFailedError, log: Path) -> Ending:
 
 def train_worker(loop: dict[str, Any]) -> None:
     """One Ray Train worker of a trial."""
-    config, job = loop["config"], loop["job"]
+    config, job, folder = loop["config"], loop["job"], _folder(loop["job"])
+    log = folder.trial_log(config["number"])
     rank = ray.train.get_context().get_world_rank()
-    log_process_to(_folder(job).trial_log(config["number"]))  # all ranks: any may be the one that fails
+    log_process_to(log)  # all ranks: any may be the one that fails
     try:
         ray.train.report({PLACED: True})
         import torch
@@ -91,24 +92,23 @@ def train_worker(loop: dict[str, Any]) -> None:
             SweepSpec.model_validate(job["spec"]),
             config,
             Preparation(**job["preparation"]),
-            _folder(job).trial_checkpoints(config["number"]),
-            lambda report, save: _emit(report, save, rank),
-            _folder(job).root,
+            folder.trial_checkpoints(config["number"]),
+            lambda report, save: _emit(folder, config["number"], report, save, rank),
+            folder.root,
         )
     except Exception:
         traceback.print_exc()  # into the trial's log, whose tail goes into the record
+        folder.root.keep(log, stays=True)
         raise
 
 
-def _emit(report: Report, save: Callable[[Path], None], rank: int) -> None:
-    """Report to Tune through Ray Train, the adapter attached by rank 0. Every rank must call: it is a barrier."""
-    name = SweepFolder.adapter_name(report.tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            save(Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(report.as_dict(), checkpoint=checkpoint, checkpoint_dir_name=name)
+def _emit(folder: SweepFolder, number: int, report: Report, save: Callable[[Path], None], rank: int) -> None:
+    """Report to Tune through Ray Train; rank 0 saves the adapter. Every rank must call: it is a barrier."""
+    if rank == 0:
+        adapter = folder.adapter(number, report.tokens)
+        save(adapter)
+        report = replace(report, adapter_path=folder.root.keep(adapter))
+    ray.train.report(report.as_dict())
 
 
 def _backend(job: dict[str, Any]) -> str:

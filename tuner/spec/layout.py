@@ -127,7 +127,7 @@ class Root:
         return path.read_text(encoding="utf-8") if self.url is None else self.objects.read(self._key(path))
 
     def create(self, path: Path, text: str) -> None:
-        """Write a file that must not be there yet: of several who try, one does. Raises FileExistsError."""
+        """Write a file that must not be there yet: of several different texts, one is. Raises FileExistsError."""
         if self.url is not None:
             self.objects.create(self._key(path), text)
         else:
@@ -227,7 +227,7 @@ class SweepFolder:
         return self.trial(number) / "trial.log"
 
     def adapter(self, number: int, tokens: int) -> Path:
-        return self.trial(number) / self.adapter_name(tokens)
+        return self.trial(number) / f"tokens-{tokens:012d}"
 
     def trial_state(self, number: int) -> Path:
         """What a slot on the shared base needs to go on from its last evaluation."""
@@ -242,7 +242,3 @@ class SweepFolder:
         checkpoints = self.trial_checkpoints(number)
         states = [checkpoints / name / CHECKPOINT_REPORT for name in self.root.names(checkpoints)]
         return any(map(self.root.exists, [self.trial_state(number), *states]))
-
-    @staticmethod
-    def adapter_name(tokens: int) -> str:
-        return f"tokens-{tokens:012d}"
