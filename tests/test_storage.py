@@ -56,6 +56,7 @@ def test_what_is_kept_is_gone_here_and_can_be_fetched_on_another_node(s3_root, t
     address = root.keep(adapter)
     assert address == f"{s3_root}/sweeps/demo/trials/00003/tokens-000000000250"
     assert not adapter.exists()
+    assert root.names(root.path) == ["sweeps"]
     elsewhere = Root(tmp_path / "another-node", s3_root)
     fetched = elsewhere.fetch(elsewhere.here(address))
     assert (fetched / "adapter_model.safetensors").read_bytes() == b"weights"

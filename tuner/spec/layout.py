@@ -153,7 +153,7 @@ class Root:
         return objects_at(self.url)
 
     def _key(self, path: Path) -> str:
-        return path.relative_to(self.path).as_posix()
+        return "" if path == self.path else path.relative_to(self.path).as_posix()
 
 
 def _remove(path: Path) -> None:
