@@ -110,8 +110,9 @@ def _check_optimizer(spec: SweepSpec) -> list[Problem]:
         found.append(Problem("train.optim_target_modules", show(modules), allowed))
     if arguments is not None and not any(name.startswith(READ_ARGUMENTS) for name in optimizers):
         found.append(Problem("train.optim_args", show(arguments), f"null, since {any_of(optimizers)} reads none"))
+    schedule_free = any(name.startswith("schedule_free_") for name in optimizers)
     for warmup in possible_values(spec, "train.warmup_steps"):
-        if isinstance(warmup, float) and 0 < warmup < 1 and any(name.startswith("schedule_free_") for name in optimizers):
+        if schedule_free and isinstance(warmup, float) and 0 < warmup < 1:
             allowed = "a number of steps: a schedule-free optimizer knows no share of them"
             found.append(Problem(place_of(spec, "train.warmup_steps"), show(warmup), allowed))
     for name in low_rank:
