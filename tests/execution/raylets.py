@@ -22,7 +22,7 @@ from typing import IO
 import psutil
 
 RAY = Path(sys.executable).with_name("ray")
-WRITTEN_DOWN = Path("/tmp/ray/ray_current_cluster")
+WRITTEN_DOWN = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
 START_S = 60
 
 

@@ -34,7 +34,7 @@ def finished(command: Command, folder: Path, name: str, timeout_s: float = 240) 
 
 
 def write(folder: Path, model: Path, name: str, trials: int, **sections: Any) -> None:
-    """Trials of two workers of one CPU each, four steps and two evaluations long."""
+    """Trials of two workers of one CPU each, eight steps and two evaluations long."""
     values: dict[str, Any] = {
         "budget": {"trials": trials, "epochs_per_trial": 1, "evals_per_trial": 2},
         "resources": {"workers_per_trial": 2},
@@ -107,7 +107,7 @@ def test_a_sweep_waits_for_nodes_says_so_and_spreads_its_trials_over_those_that_
         crossed = cluster.traffic() - before
     (trial,) = sweep.records()
     assert trial.outcome == "COMPLETED", trial
-    assert [report.step for report in trial.reports] == [2, 4]  # 32 rows, 4 for each of two workers
+    assert [report.step for report in trial.reports] == [4, 8]  # 32 rows, 2 of the 4 of a step for each worker
     assert message.startswith("no room: one trial needs 2 x (1 CPU)")
     assert sweep.state().message is None
     assert crossed > 2**20 or cluster.network is None

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -170,7 +171,9 @@ def test_no_variable_of_the_client_is_in_a_job_a_log_or_a_file_of_the_cluster(cl
     jobs = subprocess.run(listed, env=mine(cluster), check=True, capture_output=True, text=True, timeout=100).stdout
     assert "short-run-" in jobs
     assert SECRET not in jobs
-    logs = [file for file in Path("/tmp/ray/session_latest").resolve().rglob("*") if file.is_file()]
+    logs = [
+        file for file in Path(tempfile.gettempdir(), "ray", "session_latest").resolve().rglob("*") if file.is_file()
+    ]
     assert any("job-driver-short-run-" in file.name for file in logs)
     assert [file for file in [*logs, *folder.rglob("*.yaml")] if SECRET.encode() in file.read_bytes()] == []
 

@@ -31,7 +31,7 @@ def store(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sto
     store = Store.create(spec)
     facts = prepare_sweep(spec, lambda stage, done, total: None)
     store.set_prepared(facts.tokens_per_trial, facts.data, facts.baseline)
-    search = Search(spec, store.study, facts.tokens_per_trial)
+    search = Search(spec, store.study, facts.tokens_per_trial, facts.baseline["eval_loss"])
     base = load_model(spec.model.model_dump(), folder / "cache")
     engine = Engine(spec, base, facts, store.folder.eval_rows)
     reports: dict[int, list[Report]] = {}

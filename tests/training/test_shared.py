@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -102,8 +103,8 @@ class Sweep:
 
     def alone(self, config: TrialConfig) -> list[Report]:
         reports: list[Report] = []
-        output = self.folder / f"alone-{config['number']}"
-        run_trial(self.spec, config, self.facts, output, lambda report, save: reports.append(report))
+        with tempfile.TemporaryDirectory() as output:  # it would go on from what another left there
+            run_trial(self.spec, config, self.facts, Path(output), lambda report, save: reports.append(report))
         return reports
 
     def engine(self, lanes: int = 1) -> Engine:

@@ -28,6 +28,7 @@ from tuner.spec.trial import Ending, Report, TrialConfig
 if TYPE_CHECKING:
     from tuner.training.baseline import Preparation
     from tuner.training.evaluation import Score
+    from tuner.training.memory import Chosen
     from tuner.training.shared.engine import Engine
 
 MOST_WAITING = 256
@@ -123,6 +124,7 @@ class EngineActor:
         from tuner.training.baseline import load_base
 
         torch.set_num_threads(threads)
+        load = load and not self._is_sharded()
         self._base: Future[Any] | None = ThreadPoolExecutor(1).submit(load_base, self._spec) if load else None
         self._events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
         self._making = threading.Lock()
@@ -145,10 +147,12 @@ class EngineActor:
         """What the preparation has reported since it was last asked: stage, done, total."""
         return [self._events.get() for _ in range(self._events.qsize())]
 
-    def _measure(self, sweep: Preparation) -> Score:
+    def _measure(self, sweep: Preparation) -> Score | None:
+        """None of a base that no process is to hold alone: a trial's workers score it."""
         from tuner.training.baseline import score_base
 
-        assert self._base is not None
+        if self._base is None:
+            return None
         base = self._base.result()
         self._events.put(("Measuring the base", 0, 0))
         if why_not_shared(self._spec) or self._why_not_joint():
@@ -170,9 +174,22 @@ class EngineActor:
     @ray.method(max_task_retries=0)
     def strategy(self) -> dict[str, Any]:
         """How the workers of a trial are to share it, judged by this process's device."""
+        return self._chosen().as_dict()
+
+    def _chosen(self) -> Chosen:
         from tuner.training.memory import choose_strategy
 
-        return choose_strategy(self._spec, self._folder.root.cache).as_dict()
+        return choose_strategy(self._spec, self._folder.root.cache)
+
+    def _is_sharded(self) -> bool:
+        """Whether each worker of a trial is to hold but a part of the base."""
+        from tuner.training.strategy import loads_in_parts
+
+        resources = self._spec.resources
+        if not resources.on_ray_train:
+            return False
+        chosen = resources.model_copy(update={"strategy": self._chosen().name})
+        return loads_in_parts(chosen, self._spec.model.quantization)
 
     def _why_not_joint(self) -> str | None:
         from tuner.training.dataset import eval_max_length

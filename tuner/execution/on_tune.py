@@ -21,21 +21,8 @@ from tuner.search.tune import NeverPickled, StudyScheduler, StudySearcher
 from tuner.spec.trial import Ending, Report, TrialConfig
 
 
-def search_on_tune(
-    store: Store, trials: Trials, facts: dict[str, Any], placement: Placement, waiting: Waiting, strategy: str
-) -> None:
-    """Run trials until there are no more or the search is halted. `facts` is the sweep's `Preparation` as a dict.
-
-    `strategy` is how the workers of each share it, now that it is known.
-    """
-    resources = store.spec.resources.model_copy(update={"strategy": strategy})
-    job = {
-        "spec": store.spec.model_copy(update={"resources": resources}).model_dump(mode="json"),
-        "preparation": facts,
-        "workers": placement.workers,
-        "resources": placement.resources,
-        "threads": placement.threads,
-    }
+def search_on_tune(store: Store, trials: Trials, job: dict[str, Any], placement: Placement, waiting: Waiting) -> None:
+    """Run trials until there are no more or the search is halted. `job` is what their workers are told."""
     # The coordinator of a trial only waits; its workers take the CPUs. Tune insists on some resource. It is where the
     # driver is, on a node that lasts, and Ray Train keeps its controller beside it.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}

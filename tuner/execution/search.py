@@ -16,10 +16,18 @@ from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import milestones
 
 
-def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Placement, display: Display) -> None:
+def search(
+    store: Store,
+    facts: dict[str, Any],
+    engines: Engines,
+    placement: Placement,
+    display: Display,
+    strategy: dict[str, Any] | None = None,
+) -> None:
     """Run every trial that is still to be run, until all are over or the time is up; the engines are closed then.
 
-    `facts` is the sweep's `Preparation` as a plain dict. Raises KeyboardInterrupt after a Ctrl-C, when no trial runs
+    `facts` is the sweep's `Preparation` as a plain dict; `strategy`, as a plain dict too, is what was `Chosen` where
+    trials have workers of Ray Train. Raises KeyboardInterrupt after a Ctrl-C, when no trial runs
     any more; those it cut off stay unfinished, for `tuner resume`.
     """
     spec = store.spec
@@ -27,7 +35,6 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
     most = min(placement.most, most_at_once(spec))
     slots, lanes, reason = _slots(spec, facts, engines, most, display)
     count = len(engines.actors) if slots else 0
-    strategy = engines.strategy() if spec.resources.on_ray_train else None
     store.set_sharing({"slots": slots, "engines": count, "reason": reason, "strategy": strategy})
     if strategy:
         display.stage(f"The workers of a trial share it by {strategy['reason']}")
@@ -47,8 +54,10 @@ def search(store: Store, facts: dict[str, Any], engines: Engines, placement: Pla
                 run_in_places(trials, places, facts, ahead, waiting)
         elif strategy:
             from tuner.execution.on_tune import search_on_tune  # Tune and Ray Train take half a second to import
+            from tuner.execution.trial import job_of_workers
 
-            search_on_tune(store, trials, facts, placement, waiting, strategy["name"])
+            job = job_of_workers(spec, facts, placement, strategy["name"])
+            search_on_tune(store, trials, job, placement, waiting)
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt

@@ -106,10 +106,18 @@ def _search(store: Store, engines: Engines, placement: Placement, display: Displ
     """Prepare and run the trials, on a cluster that is up."""
     store.set_status("preparing")
     facts = prepare_on_ray(engines, _known_facts(store), display, Waiting(store, placement, display))
+    strategy = engines.strategy() if store.spec.resources.on_ray_train else None
+    if strategy and not facts["baseline"]:
+        from tuner.execution.trial import job_of_workers, score_base_on_workers  # Ray Train takes long to import
+
+        engines.close()  # what it holds of the cluster is the workers' now
+        display.stage("Measuring the base")
+        job = job_of_workers(store.spec, facts, placement, strategy["name"])
+        facts = {**facts, "baseline": score_base_on_workers(job)}
     store.set_prepared(facts["tokens_per_trial"], facts["data"], facts["baseline"])
     display.prepared(facts["data"], facts["baseline"], facts["tokens_per_trial"])
     store.set_status("running")
-    search(store, facts, engines, placement, display)
+    search(store, facts, engines, placement, display, strategy)
 
 
 def _known_facts(store: Store) -> dict[str, Any] | None:

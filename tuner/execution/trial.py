@@ -1,10 +1,11 @@
-"""A trial of several workers: a Tune function that starts a Ray Train `TorchTrainer`, whose workers run the trial."""
+"""What several workers do together: a trial, or the base's own score, each a Ray Train `TorchTrainer`."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import ray.train
 from ray import tune
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
+from tuner.errors import TunerError
 from tuner.execution.endings import explain_failure, tail
 from tuner.execution.logs import log_process_to
+from tuner.execution.machine import Placement
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
@@ -26,28 +29,28 @@ PLACED = "placed"
 """Key of another, the first: every worker of the trial runs."""
 
 
+def job_of_workers(spec: SweepSpec, facts: dict[str, Any], placement: Placement, strategy: str) -> dict[str, Any]:
+    """What workers are told. `facts` is the sweep's `Preparation`, `strategy` how they share, now that it is known."""
+    resources = spec.resources.model_copy(update={"strategy": strategy})
+    return {
+        "spec": spec.model_copy(update={"resources": resources}).model_dump(mode="json"),
+        "preparation": facts,
+        "workers": placement.workers,
+        "resources": placement.resources,
+        "threads": placement.threads,
+    }
+
+
 def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
-    """Tune's function trainable. `job` holds the spec, the sweep's `Preparation` and the workers' resources.
+    """Tune's function trainable, for a job of `job_of_workers`.
 
     A trial that fails says so in a last result and ends well: to Tune, an outcome is data, not an error.
     """
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = _folder(job)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": config, "job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job["workers"], use_gpu="GPU" in job["resources"], resources_per_worker=job["resources"]
-        ),
-        torch_config=TorchConfig(backend=_backend(job)),
-        run_config=ray.train.RunConfig(
-            name=folder.trial(config["number"]).name,
-            storage_path=str(folder.trial(config["number"]).parent),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(max_failures=0),
-        ),
+    trainer = _trainer(
+        train_worker, {"config": config, "job": job}, folder.trial(config["number"]), [TuneReportCallback()]
     )
     try:
         trainer.fit()
@@ -56,6 +59,38 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
             folder.root.fetch(folder.trial_log(config["number"]))
         ending = explain(error, folder.trial_log(config["number"]))
         tune.report({FAILURE: json.dumps(asdict(ending))})
+
+
+def score_base_on_workers(job: dict[str, Any]) -> dict[str, float]:
+    """The untuned base's scores, by a trial's workers. Raises TunerError with the reason where they cannot."""
+    folder = _folder(job)
+    try:
+        return _trainer(score_worker, {"job": job}, folder.ray / "baseline").fit().return_value
+    except TrainingFailedError as error:
+        raise TunerError(f"the base could not be scored: {explain(error, folder.log).reason}") from error
+
+
+def _trainer(
+    worker: Callable[[dict[str, Any]], Any], loop: dict[str, Any], place: Path, callbacks: Sequence[Any] = ()
+) -> Any:
+    """Of a job's workers, all running `worker` on `loop`; Ray Train's own files are in `place`."""
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    job = loop["job"]
+    return TorchTrainer(
+        worker,
+        train_loop_config=loop,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job["workers"], use_gpu="GPU" in job["resources"], resources_per_worker=job["resources"]
+        ),
+        torch_config=TorchConfig(backend=_backend(job)),
+        run_config=ray.train.RunConfig(
+            name=place.name,
+            storage_path=str(place.parent),
+            callbacks=list(callbacks),
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+    )
 
 
 def explain(error: TrainingFailedError, log: Path) -> Ending:
@@ -72,6 +107,21 @@ def explain(error: TrainingFailedError, log: Path) -> Ending:
     endings = [explain_failure(failure) for failure in failures]
     ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
     return replace(ending, log_tail=tail(log))
+
+
+def score_worker(loop: dict[str, Any]) -> dict[str, float]:
+    """One Ray Train worker of those that score the base; each returns the scores."""
+    job, folder = loop["job"], _folder(loop["job"])
+    log_process_to(folder.log)
+    import torch
+
+    from tuner.training.baseline import Preparation
+    from tuner.training.trial import score_untuned
+
+    torch.set_num_threads(job["threads"])
+    with tempfile.TemporaryDirectory() as output_dir:
+        spec, sweep = SweepSpec.model_validate(job["spec"]), Preparation(**job["preparation"])
+        return score_untuned(spec, sweep, Path(output_dir)).as_dict()
 
 
 def train_worker(loop: dict[str, Any]) -> None:

@@ -35,6 +35,9 @@ from tuner.training.tokens import configure_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ROOM = 0.8
+"""Of a GPU's free memory, what weights may take to be scored there."""
+
 
 def main(job_file: str, result_file: str) -> None:
     """Do the job; standard output carries a line per step, everything that libraries say goes to standard error."""
@@ -86,7 +89,8 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
 
     incumbent, reasons = _measure_incumbent(job, tokenizer, rows, progress)
     progress("asking the base for sample answers")
-    before = generate(load_model(job.config["model"], Path(job.cache), device=device()), tokenizer, prompts)
+    base_model = load_model(job.config["model"], Path(job.cache), device_for(output))
+    before = generate(base_model, tokenizer, prompts)
     return {
         "checkpoint": facts,
         "base": base,
@@ -147,11 +151,14 @@ def load_saved(folder: Path, model: dict[str, Any]) -> PreTrainedModel:
             raise TunerError(
                 f"{folder}: {problem.replace('_', ' ')} when loaded again: {sorted(map(str, info[problem]))}"
             )
-    return loaded.to(device())
+    return loaded.to(device_for(folder))
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_for(folder: Path) -> str:
+    """The GPU where there is one with room for the weights in this folder, else the CPU."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    has_room = torch.cuda.is_available() and weights < ROOM * torch.cuda.mem_get_info()[0]
+    return "cuda" if has_room else "cpu"
 
 
 def _check(job: MergeJob, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -178,7 +185,9 @@ def _build(job: MergeJob, dtype: torch.dtype, progress: Progress) -> PreTrainedM
     progress("loading the base")
     if job.merge_into == "original":
         model = {**model, "quantization": "none"}
-    base: Any = load_model(model, Path(job.cache), device=device())
+    # Quantised as the trial's was; what is not needs no GPU to be merged, and may be too large for one.
+    quantized_on = "cuda" if model["quantization"] != "none" and torch.cuda.is_available() else "cpu"
+    base: Any = load_model(model, Path(job.cache), quantized_on)
     base = base.to(dtype) if model["quantization"] == "none" else base.dequantize(dtype)
     progress("merging")
     return merge(base, Path(job.checkpoint), dtype)

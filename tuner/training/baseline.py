@@ -40,8 +40,8 @@ class Preparation:
         return asdict(self)
 
 
-Measure = Callable[[Preparation], Score]
-"""Scores the untuned base on the evaluation set of a sweep whose `baseline` is still empty."""
+Measure = Callable[[Preparation], Score | None]
+"""Scores the untuned base on the evaluation set of a sweep whose `baseline` is still empty; None leaves it so."""
 
 
 def prepare_rows(
@@ -76,7 +76,7 @@ def prepare_sweep(
     root.keep(eval_rows)
     progress("Loading the base", 0, 0)
     result = measure(sweep) if measure else score_base(spec, load_base(spec))
-    return replace(sweep, baseline=result.as_dict())
+    return replace(sweep, baseline=result.as_dict() if result else {})
 
 
 def load_base(spec: SweepSpec) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tuner.errors import InfeasibleError
 from tuner.spec.layout import Root
+from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows, refuse_changed_data
@@ -65,6 +66,38 @@ def run_trial(
     libraries that would share it among workers otherwise than was asked) and DataError when the data are not those the
     sweep began with; an out-of-memory error of torch's is left as it is.
     """
+    planned = _load_and_plan(spec, config, sweep, output_dir)
+    root = root or Root(output_dir)
+    cut_off = newest_checkpoint(output_dir, root)
+    if cut_off:
+        print(f"trial {config['number']} goes on from its last evaluation", flush=True)
+    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, cut_off.report if cut_off else None))
+    planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
+
+
+def score_untuned(spec: SweepSpec, sweep: Preparation, output_dir: Path) -> Score:
+    """The untuned base's score, by workers who share it as those of a trial do: no one of them needs all of it.
+
+    An adapter that has not been trained adds nothing. All workers must call, and all get the score.
+    """
+    config = resolve(spec, 0, {})
+    config["train"] |= {
+        "per_device_train_batch_size": spec.resources.workers_per_trial,
+        "gradient_accumulation_steps": 1,
+    }
+    if config["lora"] is not None:
+        config["lora"] |= {"init_lora_weights": True, "use_dora": False}
+    planned = _load_and_plan(spec, config, sweep, output_dir)
+    planned.trainer.add_callback(_ScoreFirst(planned))
+    try:
+        planned.trainer.train()
+    except _Scored as scored:
+        return scored.score
+    raise AssertionError("a training began without a word to its callbacks")
+
+
+def _load_and_plan(spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path) -> PlannedTrial:
+    """A trial of its own, its base loaded; it refuses to train otherwise than was asked."""
     resources, cache = spec.resources, Root.of(spec).cache
     in_parts = loads_in_parts(resources, config["model"]["quantization"])
     if in_parts:
@@ -73,12 +106,7 @@ def run_trial(
     model = load_model(config["model"], cache, None if in_parts else args.device, quant_storage(resources))
     planned = plan_trial(spec, config, sweep, model, args)
     planned.trainer.add_callback(RefuseFallback(planned.trainer, resources, config))
-    root = root or Root(output_dir)
-    cut_off = newest_checkpoint(output_dir, root)
-    if cut_off:
-        print(f"trial {config['number']} goes on from its last evaluation", flush=True)
-    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, cut_off.report if cut_off else None))
-    planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
+    return planned
 
 
 @dataclass(frozen=True)
@@ -217,8 +245,8 @@ def refuse_divergence(report: Report) -> None:
 class ReportAtMilestones(TrainerCallback):
     """Has the trainer log at every milestone, scores the model there, has a checkpoint saved, and emits one Report."""
 
-    def __init__(self, trial: PlannedTrial, emit: Emit, root: Root, last: Report | None):
-        """`root` is where checkpoints last; `last` the newest report of a trial that goes on from there."""
+    def __init__(self, trial: PlannedTrial, emit: Emit, root: Root | None = None, last: Report | None = None):
+        """`root` is where checkpoints last, if there are to be any; `last` the newest report of one that goes on."""
         self._trial = trial
         self._root = root
         self._reporter = Reporter(trial.plan, last)
@@ -245,13 +273,15 @@ class ReportAtMilestones(TrainerCallback):
         )
         memory = largest_of_workers(report.peak_memory_bytes, args.device)
         self._report = replace(report, peak_memory_bytes=memory)
-        if can_go_on(args) and report.is_finite() and state.global_step < self._trial.plan.max_steps:
+        more = state.global_step < self._trial.plan.max_steps
+        if self._root is not None and more and can_go_on(args) and report.is_finite():
             control.should_save = True  # which the trainer does next
         else:
             self._tell(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self._report is not None
+        assert self._root is not None
         complete_checkpoint(self._trial.trainer, self._report, self._root)
         self._tell(kwargs["model"])
 
@@ -260,6 +290,22 @@ class ReportAtMilestones(TrainerCallback):
         self._emit(self._report, partial(model.save_pretrained, state_dict=gather_weights(self._trial.trainer)))
         refuse_divergence(self._report)
         self._reporter.training_resumes()
+
+
+class _Scored(Exception):
+    def __init__(self, score: Score):
+        super().__init__(score)
+        self.score = score
+
+
+class _ScoreFirst(TrainerCallback):
+    """Scores the model as its workers hold it, and ends the training before its first step."""
+
+    def __init__(self, trial: PlannedTrial):
+        self._trial = trial
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise _Scored(score(kwargs["model"], self._trial.eval_rows, args.per_device_eval_batch_size, args.device))
 
 
 def peak_memory_bytes() -> int:
