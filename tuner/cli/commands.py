@@ -134,6 +134,7 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
     from tuner.cli.live import watching
 
     spec = api.load_spec(file, *(set_ or []), root=root)
+    _leave_the_job_s_folder()
     with _resumable(spec, root, _command("run", file, set_)), watching(spec, quiet) as display:
         sweep = api.run(spec, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, _root_of(spec, root)))
@@ -189,6 +190,7 @@ def resume(
     if follow or allow_unauthenticated_cluster:
         raise typer.BadParameter("--follow and --allow-unauthenticated-cluster go with --address")
     before = api.open(name, root)
+    _leave_the_job_s_folder()
     with _resumable(before.spec, root), watching(before.spec, quiet, before.records()) as display:
         sweep = api.resume(name, *(set_ or []), root=root, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, root))
@@ -410,6 +412,12 @@ def _resumable(spec: SweepSpec, root: str | None, not_begun: str = "") -> Iterat
             typer.echo("interrupted before the sweep began", err=True)
             say_next(not_begun, root, err=True)
         raise
+
+
+def _leave_the_job_s_folder() -> None:
+    """Of a job on a cluster, whose folder Ray may replace when another node of the same machine needs it."""
+    if asker.address:
+        os.chdir(os.sep)
 
 
 def _say_how_to_resume(name: str, root: str | None) -> None:
