@@ -7,6 +7,7 @@ evaluation from the first way. The cluster's nodes are in network namespaces whe
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import tuner
 from tests.benchmarks.workloads import FULL, make_model, write_data
 from tests.execution.raylets import raylets
-from tests.execution.real_sweeps import Command
+from tests.execution.real_sweeps import TUNER, Command
 
 RESULTS = Path(__file__).parent / "results" / "same.txt"
 POINTS: list[dict[str, Any]] = [
@@ -36,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
+    os.environ["PATH"] = f"{TUNER.parent}{os.pathsep}{os.environ['PATH']}"  # where the cluster's nodes find `tuner`
     with tempfile.TemporaryDirectory(prefix="same-", dir="/tmp") as scratch:
         folder = Path(scratch)
         work = FULL[0]
