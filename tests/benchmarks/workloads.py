@@ -186,9 +186,9 @@ def spec_for(work: Workload, model: dict[str, Any], folder: Path) -> SweepSpec:
             "search": {"enqueue": [] if work.searched else points(work)},
             "stopping": asha if work.searched else {"type": "none"},
             "promotion": None,
-            "storage": {"root": "runs"},
         },
         folder,
+        root=folder / "runs",
     )
 
 

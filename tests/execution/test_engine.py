@@ -49,9 +49,7 @@ class Serving:
 def serving(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("engine")
     budget = {"trials": 4, "tokens_per_trial": BUDGET, "evals_per_trial": EVALS}
-    spec = load_spec(
-        write_spec(folder, tiny_model_dir, "engine", budget=budget, resources={}, storage={"root": "runs"})
-    )
+    spec = load_spec(write_spec(folder, tiny_model_dir, "engine", budget=budget, resources={}), root=folder / "runs")
     with ray_cluster() as nodes, start_engines(spec, place(spec, nodes)) as engines:
         yield Serving(spec, engines)
 
