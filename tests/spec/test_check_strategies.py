@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from tuner.errors import Problem
 from tuner.spec.check import check_values
 from tuner.spec.sharing import why_not_shared
+from tuner.spec.sweep import SweepSpec
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
 
-def problems(tmp_path: Path, resources: dict[str, Any], **sections: Any) -> dict[str, str]:
-    """What is found, by key, of a spec that is right without these sections."""
+def checked(tmp_path: Path, resources: dict[str, Any], **sections: Any) -> tuple[SweepSpec | None, list[Problem]]:
+    """A spec that is right without these sections: as it is resolved, and what is found."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
     values = {
         "name": "checked",
@@ -25,7 +27,12 @@ def problems(tmp_path: Path, resources: dict[str, Any], **sections: Any) -> dict
         "budget": {"trials": 4, "tokens_per_trial": 1000},
         "resources": {"workers_per_trial": 2, **resources},
     }
-    _, found = check_values(values | sections, tmp_path)
+    return check_values(values | sections, tmp_path)
+
+
+def problems(tmp_path: Path, resources: dict[str, Any], **sections: Any) -> dict[str, str]:
+    """What is found, by key."""
+    _, found = checked(tmp_path, resources, **sections)
     return {problem.key: f"got {problem.got}; allowed: {problem.allowed}" for problem in found}
 
 
@@ -108,15 +115,7 @@ def test_a_contradiction_is_named(resources, key, words, tmp_path):
 def test_the_shipped_files_are_accepted_and_stand_in_the_resolved_spec(name, tmp_path):
     file = Path(__file__).parents[2] / "cluster" / "deepspeed" / f"{name}.json"
     assert problems(tmp_path, {"strategy": name, "deepspeed": str(file)}) == {}
-    values = {
-        "name": "checked",
-        "model": {"name": "org/model"},
-        "data": {"path": "rows.jsonl"},
-        "space": {"lora.r": {"type": "choice", "values": [8, 16]}},
-        "budget": {"trials": 2, "tokens_per_trial": 1000},
-        "resources": {"strategy": name, "workers_per_trial": 2, "deepspeed": str(file)},
-    }
-    spec, _ = check_values(values, tmp_path)
+    spec, _ = checked(tmp_path, {"strategy": name, "deepspeed": str(file)})
     assert spec is not None
     assert spec.resources.deepspeed == json.loads(file.read_text())
 
@@ -128,6 +127,8 @@ def test_the_shipped_files_are_accepted_and_stand_in_the_resolved_spec(name, tmp
         ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, {}, None),
         ({}, {"type": "int", "low": 1, "high": 4}, "space.train.per_device_train_batch_size"),
         ({}, {"type": "int", "low": 2, "high": 6, "step": 2}, None),
+        ({}, {"type": "int", "low": 2, "high": 10**18, "step": 2}, None),
+        ({}, {"type": "int", "low": 2, "high": 10**18}, "space.train.per_device_train_batch_size"),
         ({}, {"type": "choice", "values": [2, 4, 5]}, "space.train.per_device_train_batch_size"),
     ],
 )
@@ -157,16 +158,7 @@ def test_optimizers_are_refused_where_they_fail_or_compute_otherwise(strategy, o
 
 
 def test_a_sharded_trial_shares_no_base_with_others_not_even_one_of_one_worker(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
-    values = {
-        "name": "checked",
-        "model": {"name": "org/model"},
-        "data": {"path": "rows.jsonl"},
-        "space": {"lora.r": {"type": "choice", "values": [8, 16]}},
-        "budget": {"trials": 2, "tokens_per_trial": 1000},
-        "resources": {"strategy": "zero3", "offload": True},
-    }
-    spec, _ = check_values(values, tmp_path)
+    spec, _ = checked(tmp_path, {"strategy": "zero3", "offload": True, "workers_per_trial": 1})
     assert spec is not None
     assert why_not_shared(spec) == ["resources.strategy is zero3"]
 

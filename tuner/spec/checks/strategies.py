@@ -174,15 +174,16 @@ def _check_batches(spec: SweepSpec) -> Iterator[Problem]:
         allowed = f"random or sequential: {workers} workers would each draw an order of their own"
         yield Problem(place_of(spec, "train.train_sampling_strategy"), "'group_by_length'", allowed, "random")
     keys = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-    for batch, accumulation in itertools.product(*(_all_values(spec, key) for key in keys)):
+    for batch, accumulation in itertools.product(*(_values_to_divide(spec, key, workers) for key in keys)):
         if isinstance(batch, int) and isinstance(accumulation, int) and batch * accumulation % workers:
             allowed = f"a product with {keys[1]} that resources.workers_per_trial, {workers}, divides"
             yield Problem(place_of(spec, keys[0]), f"{batch} x {accumulation} rows in a step", allowed)
             return
 
 
-def _all_values(spec: SweepSpec, key: str) -> list[Any]:
+def _values_to_divide(spec: SweepSpec, key: str, workers: int) -> list[Any]:
+    """Every value of a key; of a range as many as there are workers, among which is every remainder that it leaves."""
     searched = spec.space.get(key)
     if isinstance(searched, Int):
-        return list(range(searched.low, searched.high + 1, searched.step))
+        return list(range(searched.low, searched.high + 1, searched.step)[:workers])
     return possible_values(spec, key)
