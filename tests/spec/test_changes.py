@@ -30,6 +30,12 @@ def test_a_sweep_takes_more_trials_and_nothing_else(good):
     assert differences(spec, with_more_trials(spec, ["budget.trials=7"])) == {"budget.trials": (6, 7)}
 
 
+def test_where_new_sweeps_would_be_kept_changes_nothing_of_one_that_is_there(good, monkeypatch):
+    spec = load_spec(good)
+    monkeypatch.setenv("TUNER_ROOT", "/somewhere/else")
+    assert differences(spec, with_more_trials(spec, ["budget.trials=7"])) == {"budget.trials": (6, 7)}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

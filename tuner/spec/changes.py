@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tuner.errors import Problem, SpecError
 from tuner.spec.check import check_values
 from tuner.spec.checks.words import show
-from tuner.spec.layout import Root
 from tuner.spec.load import apply_overrides, dump_spec
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.text import parse_yaml
@@ -29,7 +30,7 @@ def with_more_trials(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
     if not overrides:
         return spec
     values = apply_overrides(parse_yaml(dump_spec(spec)), overrides)
-    changed, problems = check_values(values, Root.of(spec).path, None)
+    changed, problems = check_values(values, Path(os.sep), spec.storage.root)
     if changed is None:
         raise SpecError(problems, "--set")
     problems = [
