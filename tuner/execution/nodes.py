@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.errors import MachineError
+from tuner.spec.layout import is_object_store
 from tuner.spec.sweep import SweepSpec
 
 TIMEOUT_S = 120.0
@@ -64,7 +65,7 @@ def _lacking(paths: Sequence[str], modules: Sequence[str]) -> list[str]:
 @contextmanager
 def _mark(root: str) -> Iterator[list[str]]:
     """The path of a new file in the storage root; none where that is an object store, which every node reaches."""
-    if "://" in root:
+    if is_object_store(root):
         yield []
         return
     try:

@@ -6,6 +6,7 @@ import math
 
 from tuner.errors import Problem
 from tuner.spec.checks.words import show
+from tuner.spec.layout import is_object_store
 from tuner.spec.space import Choice, Distribution, Int, Uniform
 from tuner.spec.sweep import GOAL_OF_METRIC, SweepSpec
 
@@ -34,7 +35,7 @@ def _check_budget(spec: SweepSpec) -> list[Problem]:
     if budget.tokens is not None and budget.tokens_per_trial and budget.tokens < budget.tokens_per_trial:
         allowed = f"at least budget.tokens_per_trial, {budget.tokens_per_trial}, or no trial completes"
         found.append(Problem("budget.tokens", show(budget.tokens), allowed))
-    if budget.disk is not None and "://" in spec.storage.root:
+    if budget.disk is not None and is_object_store(spec.storage.root):
         found.append(Problem("budget.disk", show(budget.disk), "null, since storage.root is an object store"))
     return found
 
