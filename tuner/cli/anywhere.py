@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from tuner.cli.output import asker, deliver
+from tuner.errors import MachineError
 
 AddressOption = Annotated[
     str | None, typer.Option("--address", metavar="URL", help="A cluster's dashboard, http://HEAD:8265.")
@@ -25,6 +26,23 @@ AllowOption = Annotated[
 ]
 FollowOption = Annotated[bool, typer.Option("--follow", help="Show the job's log until it ends.")]
 OWN_OPTIONS = {"address": (AddressOption, None), "allow_unauthenticated_cluster": (AllowOption, False)}
+
+
+def answer_to(client: tuple[str, str] | None) -> None:
+    """Note for whom this command runs, in a job of theirs; another version would read a spec otherwise."""
+    if client is None:
+        return
+    from importlib.metadata import version
+
+    theirs, asker.address = client
+    if theirs != version("tuner"):
+        raise MachineError(f"the cluster has tuner {version('tuner')}, its client {theirs}: install the same on both")
+
+
+def leave_the_job_s_folder() -> None:
+    """Of a job on a cluster, whose folder Ray may replace when another node of the same machine needs it."""
+    if asker.address:
+        os.chdir(os.sep)
 
 
 def anywhere(command: Callable[..., None]) -> Callable[..., None]:

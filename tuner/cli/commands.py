@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tuner.cli.anywhere import AddressOption, AllowOption, FollowOption, anywhere
-from tuner.cli.output import Format, as_text, asker, deliver, export, print_json, say_next
+from tuner.cli.anywhere import (
+    AddressOption,
+    AllowOption,
+    FollowOption,
+    answer_to,
+    anywhere,
+    leave_the_job_s_folder,
+)
+from tuner.cli.output import Format, as_text, deliver, export, print_json, say_next
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -54,19 +61,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-def _answer(client: tuple[str, str] | None) -> None:
-    """Note for whom this command runs, in a job of theirs; another version would read a spec otherwise."""
-    if client is None:
-        return
-    from importlib.metadata import version
-
-    from tuner.errors import MachineError
-
-    theirs, asker.address = client
-    if theirs != version("tuner"):
-        raise MachineError(f"the cluster has tuner {version('tuner')}, its client {theirs}: install the same on both")
-
-
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
@@ -90,7 +84,7 @@ def tuner(
     client: Annotated[tuple[str, str] | None, typer.Option(hidden=True, metavar="VERSION ADDRESS")] = None,
 ) -> None:
     """Hyperparameter search for fine-tuning language models: one YAML in, a verified, promoted model out."""
-    _answer(client)
+    answer_to(client)
 
 
 @app.command()
@@ -134,7 +128,7 @@ def run(file: SpecFile, set_: SetOption = None, root: RootOption = None, quiet: 
     from tuner.cli.live import watching
 
     spec = api.load_spec(file, *(set_ or []), root=root)
-    _leave_the_job_s_folder()
+    leave_the_job_s_folder()
     with _resumable(spec, root, _command("run", file, set_)), watching(spec, quiet) as display:
         sweep = api.run(spec, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, _root_of(spec, root)))
@@ -190,7 +184,7 @@ def resume(
     if follow or allow_unauthenticated_cluster:
         raise typer.BadParameter("--follow and --allow-unauthenticated-cluster go with --address")
     before = api.open(name, root)
-    _leave_the_job_s_folder()
+    leave_the_job_s_folder()
     with _resumable(before.spec, root), watching(before.spec, quiet, before.records()) as display:
         sweep = api.resume(name, *(set_ or []), root=root, display=display, log_output=True)
     raise typer.Exit(_print_end(sweep, root))
@@ -412,12 +406,6 @@ def _resumable(spec: SweepSpec, root: str | None, not_begun: str = "") -> Iterat
             typer.echo("interrupted before the sweep began", err=True)
             say_next(not_begun, root, err=True)
         raise
-
-
-def _leave_the_job_s_folder() -> None:
-    """Of a job on a cluster, whose folder Ray may replace when another node of the same machine needs it."""
-    if asker.address:
-        os.chdir(os.sep)
 
 
 def _say_how_to_resume(name: str, root: str | None) -> None:
