@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -174,8 +175,9 @@ class EngineActor:
     @ray.method(max_task_retries=0)
     def strategy(self) -> dict[str, Any]:
         """How the workers of a trial are to share it, judged by this process's device."""
-        return self._chosen().as_dict()
+        return self._chosen.as_dict()
 
+    @cached_property
     def _chosen(self) -> Chosen:
         from tuner.training.memory import choose_strategy
 
@@ -188,7 +190,7 @@ class EngineActor:
         resources = self._spec.resources
         if not resources.on_ray_train:
             return False
-        chosen = resources.model_copy(update={"strategy": self._chosen().name})
+        chosen = resources.model_copy(update={"strategy": self._chosen.name})
         return loads_in_parts(chosen, self._spec.model.quantization)
 
     def _why_not_joint(self) -> str | None:

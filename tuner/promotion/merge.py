@@ -29,7 +29,7 @@ from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.gate import lost_by_merging
 from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.training.evaluation import score
-from tuner.training.model import _source, describe, load_model, load_tokenizer
+from tuner.training.model import describe, load_model, load_tokenizer, pretrained_source
 from tuner.training.tokens import configure_tokenizer
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _check(job: MergeJob, progress: Progress) -> tuple[dict[str, Any], dict[str,
     """Facts of the checkpoint and of its base, from configs and files: no model is loaded yet."""
     progress("checking the checkpoint")
     model = job.config["model"]
-    source, options = _source(model, Path(job.cache))
+    source, options = pretrained_source(model, Path(job.cache))
     config = AutoConfig.from_pretrained(source, **options)
     if job.config["lora"] is None:
         facts = check_full_model(Path(job.checkpoint), config)

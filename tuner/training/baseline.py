@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
 from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
+from tuner.training.workers import batch_of_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,9 +114,7 @@ def tokens_per_trial(spec: SweepSpec, summary: dict[str, Any]) -> int:
         tokens = budget.epochs_per_trial * summary["train_tokens"]
     else:
         assert budget.steps_per_trial is not None
-        rows_per_step = spec.train.get("per_device_train_batch_size", 8) * spec.train.get(
-            "gradient_accumulation_steps", 1
-        )
+        rows_per_step = math.prod(batch_of_one(spec.train))
         tokens = budget.steps_per_trial * rows_per_step * summary["train_tokens"] / summary["sequences"]
     if tokens < budget.evals_per_trial:
         raise SpecError(

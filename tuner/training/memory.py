@@ -17,7 +17,7 @@ from tuner.spec.checks.strategies import why_not_optimizer
 from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import TrialConfig
-from tuner.training.model import _source
+from tuner.training.model import pretrained_source
 from tuner.training.trial import lora_config, sft_config
 
 USABLE = 0.9
@@ -145,7 +145,7 @@ def estimate(config: TrialConfig, resources: ResourcesSpec, cache: Path) -> Esti
 def _sizes(config: TrialConfig, cache: Path) -> tuple[Any, int, int]:
     """The model's config, the bytes of its frozen weights, and how many weights are trained."""
     model = config["model"]
-    source, options = _source(model, cache)
+    source, options = pretrained_source(model, cache)
     settings = AutoConfig.from_pretrained(source, **options)
     with torch.device("meta"):
         tree: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=model["trust_remote_code"])

@@ -33,7 +33,7 @@ def load_model(
     Without a device, whoever shards the model among workers moves its parts. `quant_storage` is what four-bit weights
     pretend to be made of.
     """
-    source, options = _source(model, cache)
+    source, options = pretrained_source(model, cache)
     if model["attn_implementation"]:
         options["attn_implementation"] = model["attn_implementation"]
     return AutoModelForCausalLM.from_pretrained(
@@ -48,7 +48,7 @@ def load_model(
 
 def load_tokenizer(model: dict[str, Any], cache: Path) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, chat template included; read once in a process, and a copy for each who asks."""
-    source, options = _source(model, cache)
+    source, options = pretrained_source(model, cache)
     return copy.deepcopy(_read_tokenizer(source, **options))
 
 
@@ -72,7 +72,7 @@ def quantization_config(model: dict[str, Any], quant_storage: torch.dtype = torc
     return None
 
 
-def _source(model: dict[str, Any], cache: Path) -> tuple[str, dict[str, Any]]:
+def pretrained_source(model: dict[str, Any], cache: Path) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is called with: a folder or hub id, and the options that go with it."""
     name = model["name"]
     if name.startswith(PACKAGE_SCHEME):
@@ -125,7 +125,7 @@ def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str,
 
 def describe(model: dict[str, Any], cache: Path) -> dict[str, Any]:
     """What identifies the base beyond its name: the hub commit, or a hash of the weights' file names and sizes."""
-    source, _ = _source(model, cache)
+    source, _ = pretrained_source(model, cache)
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import HfApi

@@ -35,7 +35,7 @@ from tuner.training.strategy import (
     quant_storage,
     sharing_arguments,
 )
-from tuner.training.workers import WorkersTrainer, share_of_batch
+from tuner.training.workers import WorkersTrainer, batch_of_one, share_of_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +141,8 @@ def build_trainer(
     args: SFTConfig,
 ) -> SFTTrainer:
     """The trainer of one trial, over rows that are already tokenised and packed."""
-    kind = SFTTrainer if args.world_size == 1 else partial(WorkersTrainer, batch_of_one=_batch_of_one(config)[0])
+    rows, _ = batch_of_one(config["train"])
+    kind = SFTTrainer if args.world_size == 1 else partial(WorkersTrainer, batch_of_one=rows)
     return kind(
         model=model,
         args=args,
@@ -151,12 +152,6 @@ def build_trainer(
     )
 
 
-def _batch_of_one(config: TrialConfig) -> tuple[int, int]:
-    """Rows in a batch and batches in a step of a trial that one worker trains."""
-    train = config["train"]
-    return train.get("per_device_train_batch_size", 8), train.get("gradient_accumulation_steps", 1)
-
-
 def sft_config(config: TrialConfig, output_dir: Path, resources: ResourcesSpec = ResourcesSpec()) -> SFTConfig:
     """TRL's settings of one worker of a trial: the user's, and those the service owns.
 
@@ -164,7 +159,7 @@ def sft_config(config: TrialConfig, output_dir: Path, resources: ResourcesSpec =
     """
     train = {field: value for field, value in config["train"].items() if field not in _PREPARED_FIELDS}
     packing = train.pop("packing", "none")
-    size, accumulation = share_of_batch(*_batch_of_one(config), resources.workers_per_trial)
+    size, accumulation = share_of_batch(*batch_of_one(config["train"]), resources.workers_per_trial)
     train |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     # The order of the data follows from the trial's own seed, not from what else seeds this process meanwhile.
     if train.get("data_seed") is None:

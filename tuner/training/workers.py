@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -11,6 +11,11 @@ from trl import SFTTrainer
 
 from tuner.errors import InfeasibleError
 from tuner.training.evaluation import IGNORED
+
+
+def batch_of_one(train: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows in a batch and batches in a step of a trial that one worker trains, with these fields of SFTConfig."""
+    return train.get("per_device_train_batch_size", 8), train.get("gradient_accumulation_steps", 1)
 
 
 def share_of_batch(batch_size: int, accumulation: int, workers: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from tuner.spec.layout import Root
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.training.dataset import DEFAULT_MAX_LENGTH
 from tuner.training.memory import Estimate, choose_strategy, estimate, largest_trial
+from tuner.training.workers import batch_of_one
 
 _ADAM = 3
 """What a trial goes on from, in adapters: itself and two moments."""
@@ -61,7 +63,7 @@ def _tokens(spec: SweepSpec, train: dict[str, Any]) -> int | None:
     """Of all trials; a budget in steps counts them with rows that are all full, as large as the spec's own batch."""
     budget, each = spec.budget, spec.budget.tokens_per_trial
     if budget.steps_per_trial is not None:
-        rows = spec.train.get("per_device_train_batch_size", 8) * spec.train.get("gradient_accumulation_steps", 1)
+        rows = math.prod(batch_of_one(spec.train))
         each = budget.steps_per_trial * rows * (train.get("max_length") or DEFAULT_MAX_LENGTH)
     total = None if each is None else budget.trials * each
     return total if budget.tokens is None or (total is not None and total < budget.tokens) else budget.tokens

@@ -20,6 +20,7 @@ from tuner.spec.sweep import SweepSpec
 from tuner.training.baseline import Preparation
 from tuner.training.shared.joint import Document, JointModel, MicroBatch
 from tuner.training.shared.lora import Adapter
+from tuner.training.workers import batch_of_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ def plan_slots(spec: SweepSpec, engine: Engine, sweep: Preparation, engines: int
 
 def typical_step(spec: SweepSpec, sweep: Preparation) -> int:
     """Tokens of one micro-batch of the spec's own batch size and mean sequence length."""
-    rows = spec.train.get("per_device_train_batch_size", 8)
+    rows, _ = batch_of_one(spec.train)
     return max(8, round(rows * sweep.data["train_tokens"] / sweep.data["sequences"]))
 
 
