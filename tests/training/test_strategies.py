@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from tuner.errors import InfeasibleError
 from tuner.promotion.adapter import check_adapter
+from tuner.spec.batch import share_of_batch
 from tuner.spec.checks.strategies import AUTO_ONLY, DEEPSPEED_KEYS, FSDP_KEYS, FSDP_OWNED, ZERO_KEYS
 from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
@@ -29,7 +30,6 @@ from tuner.training.evaluation import score
 from tuner.training.memory import choose_strategy, estimate, largest_trial
 from tuner.training.strategy import DEEPSPEED
 from tuner.training.trial import run_trial
-from tuner.training.workers import share_of_batch
 
 pytestmark = pytest.mark.timeout(200)
 

@@ -12,12 +12,12 @@ import torch
 from datasets import load_from_disk
 
 from tuner.errors import DataError, Problem, SpecError
+from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
 from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
-from tuner.training.workers import batch_of_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tuner.errors import InfeasibleError
+from tuner.spec.batch import batch_of_one, share_of_batch
 from tuner.spec.layout import Root
 from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
@@ -35,7 +36,7 @@ from tuner.training.strategy import (
     quant_storage,
     sharing_arguments,
 )
-from tuner.training.workers import WorkersTrainer, batch_of_one, share_of_batch
+from tuner.training.workers import WorkersTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,36 +1,15 @@
-"""What makes several workers train the same steps as one: their share of a batch, and the trainer that deals it out."""
+"""The trainer that deals out the rows of a step to several workers, so that they train the same steps as one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import BatchSampler, Sampler
 from trl import SFTTrainer
 
-from tuner.errors import InfeasibleError
 from tuner.training.evaluation import IGNORED
-
-
-def batch_of_one(train: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows in a batch and batches in a step of a trial that one worker trains, with these fields of SFTConfig."""
-    return train.get("per_device_train_batch_size", 8), train.get("gradient_accumulation_steps", 1)
-
-
-def share_of_batch(batch_size: int, accumulation: int, workers: int) -> tuple[int, int]:
-    """`per_device_train_batch_size` and `gradient_accumulation_steps` of each worker, for the same rows in a step.
-
-    Rows that were one after the other are beside each other where they can: memory per worker never grows. Raises
-    InfeasibleError where the workers do not divide the rows of a step.
-    """
-    rows, rest = divmod(batch_size * accumulation, workers)
-    if rest:
-        raise InfeasibleError(
-            "budget", f"a step of {batch_size} x {accumulation} rows cannot be divided among {workers} workers"
-        )
-    size = max(size for size in range(1, min(batch_size, rows) + 1) if rows % size == 0)
-    return size, rows // size
 
 
 class WorkersTrainer(SFTTrainer):

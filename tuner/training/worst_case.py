@@ -6,11 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.training.dataset import DEFAULT_MAX_LENGTH
 from tuner.training.memory import Estimate, choose_strategy, estimate, largest_trial
-from tuner.training.workers import batch_of_one
 
 _ADAM = 3
 """What a trial goes on from, in adapters: itself and two moments."""

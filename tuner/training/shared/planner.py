@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from tuner.spec.batch import batch_of_one
 from tuner.spec.sharing import most_to_learn_from
 from tuner.spec.sweep import SweepSpec
 from tuner.training.baseline import Preparation
 from tuner.training.shared.joint import Document, JointModel, MicroBatch
 from tuner.training.shared.lora import Adapter
-from tuner.training.workers import batch_of_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
