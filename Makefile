@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-cluster check format bench readme clean
+.PHONY: setup demo test test-faults figures test-cluster check format bench readme clean
 
 # Makes .venv with the pinned versions; quick when nothing changed.
 setup: .venv/ready
@@ -34,6 +34,14 @@ check: setup
 test: check
 	$(BIN)/pytest -p no:cacheprovider
 
+# Minutes in which whatever can be killed is killed, and whatever is kept is damaged.
+test-faults: setup
+	$(BIN)/pytest -p no:cacheprovider -m faults
+
+# The same and the quick ones, and what it cost is kept, for `make readme`.
+figures: setup
+	TUNER_TEST_FIGURES=1 $(BIN)/pytest -p no:cacheprovider -m "not cluster" tests/faults
+
 # Longer sweeps on several nodes, each a raylet of its own on this machine; in network namespaces where that is allowed.
 test-cluster: setup
 	$(BIN)/pytest -p no:cacheprovider -m cluster
@@ -50,6 +58,7 @@ bench: setup
 readme: setup
 	$(BIN)/python -m tuner.spec.reference README.md
 	$(BIN)/python -m tests.benchmarks.table README.md
+	$(BIN)/python -m tests.faults.matrix README.md
 
 clean:
 	rm -rf .venv runs *.egg-info

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from servers import PASSWORD, PASSWORD_VARIABLE, Postgres, postgres, s3
+
+from tests.faults.matrix import Figures, write
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -95,6 +97,17 @@ def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "postgresql":
         monkeypatch.setenv(STUDY, request.getfixturevalue("postgres_study"))
     return request.param
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str, Figures], Figures]:
+    """Notes, for a row of the matrix, what its fault cost in this test; returns the figures."""
+
+    def note(row: str, figures: Figures) -> Figures:
+        write(row, request.node.nodeid, figures)
+        return figures
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tuner
-from tests.execution.real_sweeps import Command, write_spec
+from tests.real_sweeps import Command, write_spec
 
 SOURCES = sorted(Path(tuner.__file__).parent.rglob("*.py"))
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}

@@ -16,8 +16,8 @@ from typing import Any
 
 import tuner
 from tests.benchmarks.workloads import FULL, make_model, write_data
-from tests.execution.raylets import raylets
-from tests.execution.real_sweeps import TUNER, Command
+from tests.raylets import raylets
+from tests.real_sweeps import TUNER, Command
 
 RESULTS = Path(__file__).parent / "results" / "same.txt"
 POINTS: list[dict[str, Any]] = [

@@ -1,0 +1,48 @@
+"""Every row of the matrix has a test and figures, and the README has the table that is made from them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.faults.matrix import ROWS, read, with_matrix
+
+ROOT = Path(__file__).parents[2]
+
+
+def noted() -> dict[str, set[str]]:
+    """The tests that note figures of each row, as `file::name`."""
+    tests: dict[str, set[str]] = {}
+    for file in ROOT.glob("tests/faults/test_*.py"):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or not function.name.startswith("test_"):
+                continue
+            for call in ast.walk(function):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "note":
+                    assert isinstance(call.args[0], ast.Constant), f"{function.name}: name the row as it stands in ROWS"
+                    tests.setdefault(call.args[0].value, set()).add(f"{file.relative_to(ROOT)}::{function.name}")
+    return tests
+
+
+def test_every_row_has_a_test_and_every_test_that_notes_something_is_of_a_row():
+    assert set(noted()) == set(ROWS)
+
+
+def test_every_row_has_figures_and_they_are_those_of_tests_that_there_are():
+    tests = noted()
+    for row in ROWS:
+        measured = {test.partition("[")[0] for test in read(row)}
+        assert measured, f"{row}: nothing is measured, run `make figures`"
+        assert measured == tests[row], row
+
+
+def test_nothing_was_lost_or_duplicated():
+    for row in ROWS:
+        for test, figures in read(row).items():
+            assert (figures["lost"], figures["duplicated"]) == (0, 0), test
+            assert (figures["difference"] or 0) <= 1e-5, test
+
+
+def test_the_readme_has_the_table_of_the_committed_figures():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_matrix(page) == page, "run `make readme`"
