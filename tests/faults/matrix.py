@@ -203,7 +203,8 @@ def table() -> str:
         for first, *rest in lines
     ]
     cores = sorted({one["cores"] for row in ROWS for one in read(row).values()})
-    return "\n".join([*(line.rstrip() for line in text), "", f"On {'/'.join(map(str, cores))} CPU cores.", LEGEND])
+    where = f"On {'/'.join(map(str, cores))} CPU cores."
+    return "\n".join([*(line.rstrip() for line in text), "", where, LEGEND])
 
 
 BEGIN, END = (
