@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from tuner.errors import NotFoundError, TunerError
+from tuner.errors import NotFoundError, SpecError, TunerError
 from tuner.results import query
 from tuner.results.ranking import best_trial
 from tuner.results.record import ACTIVE, SweepStatus, TrialRecord
+from tuner.results.requests import Kind
 from tuner.results.store import Store, sweep_names
+from tuner.spec.changes import with_more_budget
+from tuner.spec.checks.space import check_point
 from tuner.spec.layout import Root, SweepFolder, absolute_root, default_root
 from tuner.spec.load import load_spec as _load_spec
 from tuner.spec.sweep import SweepSpec
@@ -103,8 +108,9 @@ def resume(
 ) -> Sweep:
     """Continue a sweep that was cut off: finished trials stay, the total is what was asked for.
 
-    With `"budget.trials=N"` it is N trials from now on, of a finished sweep as well. Raises `NotFoundError`,
-    `SpecError` for any other change, and `TunerError` when the sweep is running, or finished and nothing is added.
+    The overrides may give it more of a budget for all its trials together, such as `"budget.trials=N"`, when it is
+    finished as well. Raises `NotFoundError`, `SpecError` for any other change, and `TunerError` when the sweep is
+    running, or finished and nothing is added.
     """
     from tuner.execution.sweep import resume_sweep
 
@@ -281,23 +287,65 @@ class Sweep:
             raise NotFoundError(f"sweep {self.name!r} has no best trial: none completed its budget")
         return promote_trial(self.store, record, alias=alias, force=force, push_to_hub=push_to_hub, progress=progress)
 
-    def cancel(self, timeout_s: float = 300) -> None:
-        """Ask the driver, a process on this host, to end cleanly, and wait until it has.
+    def cancel(self, number: int | None = None, timeout_s: float = 300) -> None:
+        """Have the driver end a running trial or, without a number, itself; cleanly, and wait until it has.
 
-        Raises `TunerError` when the sweep is not running, its driver is elsewhere, or it does not end in time.
+        The trial is STOPPED (`cancelled`) and keeps its reports; another starts in its place. Raises `NotFoundError`,
+        and `TunerError` when it does not run, the driver cannot be reached from here, or does not end it in time.
         """
         state = self.state()
         if state.status not in ACTIVE:
             raise TunerError(f"nothing to cancel: {self.name!r} is {state.status}")
-        if state.host != socket.gethostname() or state.pid is None:
-            raise TunerError(
-                f"{self.name!r} runs on {state.host} (pid {state.pid}): cancel it there, or with --address"
-            )
-        driver = psutil.Process(state.pid)
-        driver.send_signal(signal.SIGTERM)  # in a job of Ray's a SIGINT would be blocked
-        try:
-            driver.wait(timeout_s)
-        except psutil.TimeoutExpired:
-            raise TunerError(f"{self.name!r} is still ending after {timeout_s:.0f} s (pid {state.pid})") from None
+        if number is not None:
+            record = self.trial(number)
+            if record.outcome != "RUNNING":
+                raise TunerError(f"nothing to cancel: trial {number} is {record.outcome}")
+            self._ask("cancel", number, timeout_s)
+            return
+        if state.host == socket.gethostname() and state.pid is not None:
+            driver = psutil.Process(state.pid)
+            driver.send_signal(signal.SIGTERM)  # in a job of Ray's a SIGINT would be blocked
+            with suppress(psutil.TimeoutExpired):
+                driver.wait(timeout_s)
+        else:
+            until = time.monotonic() + timeout_s
+            self._ask("end", None, timeout_s)
+            while self.status in ACTIVE and time.monotonic() < until:
+                time.sleep(1)
+        if self.status in ACTIVE:
+            raise TunerError(f"{self.name!r} is still ending after {timeout_s:.0f} s (pid {state.pid} on {state.host})")
         if self.status == "interrupted":
             self.store.set_status("cancelled", "by tuner cancel")
+
+    def add(self, point: Mapping[str, Any], timeout_s: float = 60) -> int:
+        """Have the running sweep try a point next, keys it lacks suggested by the sampler; return its trial's number.
+
+        It is one of `budget.trials`. Raises `SpecError` for what is not in the space, and `TunerError` when the sweep
+        does not run, has no trial left for it, or its driver cannot be reached from here or does not answer in time.
+        """
+        if problems := check_point(self.spec.space, point):
+            raise SpecError(problems, "point")
+        number: int = self._ask("add", dict(point), timeout_s)
+        return number
+
+    def extend(self, *overrides: str, timeout_s: float = 60) -> None:
+        """Give the running sweep more of a budget for all its trials together: `"budget.trials=40"`, `time_limit`, ...
+
+        Raises `SpecError` for any other change, and `TunerError` when the sweep does not run, or its driver cannot be
+        reached from here or does not answer in time.
+        """
+        with_more_budget(self.spec, overrides)  # what is wrong with them needs no driver to say
+        self._ask("extend", list(overrides), timeout_s)
+        self.store = Store.open(self.folder)
+
+    def _ask(self, kind: Kind, value: Any, timeout_s: float) -> Any:
+        """What the driver answers."""
+        state, requests = self.state(), self.store.requests
+        if state.status not in ACTIVE:
+            raise TunerError(
+                f"{self.name!r} is {state.status}, so nothing can be asked of it: `tuner resume {self.name}` goes on with "
+                "it, with --set budget.trials=N to N trials"
+            )
+        if requests.of_one_host and state.host != socket.gethostname():
+            raise TunerError(f"{self.name!r} runs on {state.host} (pid {state.pid}): say it there, or with --address")
+        return requests.wait(requests.ask(kind, value), lambda: self.status in ACTIVE, timeout_s)

@@ -79,13 +79,16 @@ def anywhere(command: Callable[..., None]) -> Callable[..., None]:
 
 def _words(ctx: typer.Context, given: Mapping[str, Any]) -> list[str]:
     """What was given to this command, as somebody would type it; a file is written here, not there."""
-    options, arguments = [], []
+    options: list[str] = []
+    arguments: list[str] = []
     for parameter in ctx.command.params:
         value = given.get(str(parameter.name))
         if parameter.name == "output" or value is None or value is False:
             continue
         if parameter.param_type_name == "argument":
-            arguments.append(str(value))
+            arguments += map(str, value if parameter.nargs == -1 else [value])
+        elif parameter.multiple:
+            options += [f"{parameter.opts[0]}={one}" for one in value]
         else:
             options.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={value}")
     return [*options, "--", *arguments]

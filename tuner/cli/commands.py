@@ -163,14 +163,16 @@ def submit(
 @app.command()
 def resume(
     name: SweepName,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="budget.trials=N", help="Run more trials.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="budget.X=V", help="Spend more, such as trials.")
+    ] = None,
     root: RootOption = None,
     quiet: QuietOption = False,
     address: AddressOption = None,
     follow: FollowOption = False,
     allow_unauthenticated_cluster: AllowOption = False,
 ) -> None:
-    """Continue an interrupted sweep, or run more trials of one; finished trials stay."""
+    """Continue an interrupted sweep, or one that is given more of its budget; finished trials stay."""
     from tuner import api
     from tuner.cli.live import watching
 
@@ -336,17 +338,68 @@ def report(
 
 @app.command()
 @anywhere
-def cancel(name: SweepName, root: RootOption = None) -> None:
-    """End a running sweep cleanly; `tuner resume` continues it."""
+def cancel(
+    name: SweepName,
+    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Only this one. [the sweep]")] = None,
+    root: RootOption = None,
+) -> None:
+    """End a running sweep, or one trial of it, cleanly.
+
+    `tuner resume` continues a sweep. In the place of a trial another one starts.
+    """
     from tuner.api import open
     from tuner.results.record import ACTIVE
 
     sweep = open(name, root)
     if sweep.status in ACTIVE:
-        typer.echo(f"asking the driver of {name} to end, and waiting", err=True)
-    sweep.cancel()
-    typer.echo(f"{name} is {sweep.status}")
-    say_next(f"resume {name}", root)
+        typer.echo(
+            f"asking the driver of {name} to end{'' if trial is None else f' trial {trial}'}, and waiting", err=True
+        )
+    sweep.cancel(trial)
+    if trial is None:
+        typer.echo(f"{name} is {sweep.status}")
+        say_next(f"resume {name}", root)
+    else:
+        typer.echo(f"trial {trial} of {name} is {sweep.trial(trial).outcome}")
+        say_next(f"show {name} {trial}", root)
+
+
+@app.command()
+@anywhere
+def add(
+    name: SweepName,
+    point: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="Searched keys, such as lora.r=16.")],
+    root: RootOption = None,
+) -> None:
+    """Have a running sweep try a point of its space next.
+
+    It is one of budget.trials; the sampler fills in keys that are not named.
+    """
+    from tuner.api import open
+    from tuner.spec.load import parse_point
+
+    number = open(name, root).add(parse_point(point))
+    typer.echo(f"trial {number} of {name} will try it")
+    say_next(f"status {name}", root)
+
+
+@app.command()
+@anywhere
+def extend(
+    name: SweepName,
+    set_: Annotated[list[str], typer.Option("--set", metavar="budget.X=V", help="Trials, time_limit, tokens, ...")],
+    root: RootOption = None,
+) -> None:
+    """Give a running sweep more trials, time, tokens, GPU hours or disk."""
+    from tuner.api import open
+    from tuner.spec.changes import differences
+
+    sweep = open(name, root)
+    before = sweep.spec
+    sweep.extend(*set_)
+    for key, (old, new) in differences(before, sweep.spec).items():
+        typer.echo(f"{key} of {name} is {new}, was {old}")
+    say_next(f"status {name}", root)
 
 
 @app.command()

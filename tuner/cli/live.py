@@ -34,6 +34,7 @@ from tuner.results.text import (
     scores_text,
     short_keys,
 )
+from tuner.spec.changes import differences
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
 
@@ -105,6 +106,11 @@ class Lines:
         why = ending(record)
         self._say(f"trial {record.number} {record.outcome}{score}" + (f" ({why})" if why else ""))
 
+    def extended(self, spec: SweepSpec) -> None:
+        for key, (old, new) in differences(self.spec, spec).items():
+            self._say(f"{key} is {new} from now on, was {old}")
+        self.spec = spec
+
     def sweep_finished(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> None:
         self._say(f"{len(records)} trials are over; " + (f"the best is {best.number}" if best else "none is best"))
 
@@ -151,6 +157,9 @@ class LiveTable:
 
     def trial_finished(self, record: TrialRecord) -> None:
         self._trials[record.number] = record
+
+    def extended(self, spec: SweepSpec) -> None:
+        self._spec = spec
 
     def sweep_finished(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> None:
         self._trials = {record.number: record for record in records}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tuner.results.record import TrialRecord
+from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
 
 BEGUN = "The sweep has begun in "
@@ -27,6 +28,8 @@ class Display(Protocol):
 
     def trial_finished(self, record: TrialRecord) -> None: ...
 
+    def extended(self, spec: SweepSpec) -> None: ...
+
     def sweep_finished(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> None: ...
 
 
@@ -44,5 +47,7 @@ class Silent:
     def trial_reported(self, number: int, report: Report) -> None: ...
 
     def trial_finished(self, record: TrialRecord) -> None: ...
+
+    def extended(self, spec: SweepSpec) -> None: ...
 
     def sweep_finished(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> None: ...

@@ -22,7 +22,7 @@ class Halt:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, store: Store, display: Display):
-        self._budget = store.spec.budget
+        self._store = store
         self._folder = store.folder.path
         self._began = time.monotonic() - store.status().elapsed_s
         self._display = display
@@ -73,7 +73,7 @@ class Halt:
 
     def _used_up(self) -> tuple[str, str] | tuple[None, None]:
         """The cause and the reason of trials that end because a budget is used up."""
-        budget = self._budget
+        budget = self._store.spec.budget  # as it is now: it may be extended meanwhile
         if budget.time_limit is not None and time.monotonic() - self._began > budget.time_limit:
             return "time limit", f"budget.time_limit of {budget.time_limit:g} s"
         if budget.tokens is not None and self._tokens >= budget.tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from tuner.results.ranking import best_trial
 from tuner.results.record import TrialRecord
 from tuner.results.store import Store
 from tuner.search.study import remaining_trials
-from tuner.spec.changes import with_more_trials
+from tuner.spec.changes import with_more_budget
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 
@@ -53,13 +54,13 @@ def resume_sweep(
 ) -> Store:
     """Go on with a sweep that was cut off: finished trials stay, unfinished ones run again under their numbers.
 
-    With `budget.trials=N` among the overrides, more trials are run, of a finished sweep as well.
+    The overrides may give it more of its budget, such as `budget.trials=N`, when it is finished as well.
     """
     store = Store.open(folder)
-    seen, spec = store.status(), with_more_trials(store.spec, overrides)
+    seen, spec = store.status(), with_more_budget(store.spec, overrides)
     if seen.status == "finished" and spec == store.spec:
         raise TunerError(
-            f"sweep {folder.name!r} is finished: nothing to resume; more trials are added with --set budget.trials=N"
+            f"sweep {folder.name!r} is finished: nothing to resume; it takes more of its budget, --set budget.trials=N"
         )
     store.take_over(seen)
     if spec != store.spec:
@@ -169,12 +170,15 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _heartbeat(store: Store) -> Iterator[None]:
-    """Show readers, from a thread of its own, that this driver is alive."""
+    """Show readers, from a thread of its own, that this driver is alive; and end it if one on another host asks so."""
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_S):
             store.heartbeat()
+            for request in store.requests.take("end"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                store.requests.answer(request.id)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

@@ -1,7 +1,7 @@
-"""One sweep's records: an Optuna study and, in the same database, the two tables Optuna has no place for.
+"""One sweep's records: an Optuna study and, in the same database, the tables Optuna has no place for.
 
-The driver is the only writer while a sweep runs; any number of processes may read, during and after. Nothing is
-pickled, and opening a store neither creates nor migrates anything.
+The driver is the only writer while a sweep runs, but for requests to it; any number of processes may read, during and
+after. Nothing is pickled, and opening a store neither creates nor migrates anything.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tuner.results import tables
 from tuner.results.database import connect, database_url, engine_options, one_at_a_time
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
+from tuner.results.requests import Requests
 from tuner.spec.changes import differences
 from tuner.spec.checks.words import show
 from tuner.spec.layout import Root, SweepFolder
@@ -46,6 +47,7 @@ class Store:
         self.folder = folder
         self._url = url
         self._engine = connect(url)
+        self.requests = Requests(self._engine, spec.name)
 
     @classmethod
     def create(cls, spec: SweepSpec) -> Store:
@@ -261,6 +263,7 @@ class Store:
         values = {"status": "preparing", "message": None, **_driven_from_here(seen)}
         if seen.status in ACTIVE or not self._update(values, unchanged):
             raise TunerError(f"sweep {self.spec.name!r} is running already")
+        self.requests.forget_open()
 
     def set_spec(self, spec: SweepSpec) -> None:
         """Put another spec in the place of the sweep's, whose driver this is."""

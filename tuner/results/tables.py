@@ -1,4 +1,4 @@
-"""The two tables beside Optuna's, and how their rows, and Optuna's trials, become records."""
+"""The tables beside Optuna's, and how their rows, and Optuna's trials, become records."""
 
 from __future__ import annotations
 
@@ -66,6 +66,18 @@ REPORTS = sa.Table(
         if field.name not in _KEY
     ),
     sa.Column("time", UTCDateTime),
+)
+
+REQUESTS = sa.Table(
+    "tuner_requests",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("sweep", sa.String(64), nullable=False, index=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("value", sa.JSON),
+    sa.Column("answer", sa.JSON),
+    sa.Column("refusal", sa.Text),
+    *(sa.Column(name, UTCDateTime) for name in ("asked", "taken", "answered")),
 )
 
 

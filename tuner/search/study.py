@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import TrialState
 
+from tuner.errors import TunerError
 from tuner.search.samplers import make_pruner, make_sampler, suggest
 from tuner.spec.space import in_order, is_active, resolve
 from tuner.spec.trial import NO_IMPROVEMENT, Ending, Report, TrialConfig, milestones
@@ -74,6 +75,26 @@ class Search:
         self._trials[trial.number] = trial
         return resolve(self._spec, trial.number, point)
 
+    def add(self, point: Mapping[str, Any]) -> int:
+        """Have a point of the space tried next, keys it lacks suggested, as one of the trials to be asked for.
+
+        Returns its trial's number. Raises TunerError when there is none left for it.
+        """
+        waiting = sum(trial.state == TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
+        if self.remaining - len(self._unfinished) - waiting <= 0:
+            trials = self._spec.budget.trials
+            raise TunerError(
+                f"none of the {trials} trials is left for it: "
+                f"`tuner extend {self._spec.name} --set budget.trials={trials + 1}` makes room"
+            )
+        self._study.enqueue_trial(dict(point))
+        return len(self._study.get_trials(deepcopy=False)) - 1
+
+    def extend(self, spec: SweepSpec) -> None:
+        """Go on with more trials, of a spec that differs in nothing else that a search looks at."""
+        self.remaining += spec.budget.trials - self._spec.budget.trials
+        self._spec = spec
+
     def report(self, number: int, report: Report) -> bool:
         """Take one evaluation; return True when the trial should stop now."""
         trial = self._trials[number]
@@ -107,8 +128,12 @@ class Search:
             self._values.setdefault(number, {})[report.tokens] = getattr(report, self._spec.objective.metric)
 
     def is_decided(self, number: int) -> bool:
-        """Whether the reports so far already say how the trial ends."""
+        """Whether it is settled already how the trial ends."""
         return number in self._endings
+
+    def decide(self, number: int, ending: Ending) -> None:
+        """Settle how a running trial ends, unless its reports have done so."""
+        self._endings.setdefault(number, ending)
 
     def ending(self, number: int, failure: Ending | None = None) -> Ending:
         """How a trial that has just ended is to be recorded; `failure` is what the trial itself said, if anything."""

@@ -1,4 +1,4 @@
-"""What differs between two specs, and the one change that a sweep takes once it has begun."""
+"""What differs between two specs, and what a sweep that has begun may still be given: more of its budget."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from tuner.errors import Problem, SpecError
 from tuner.spec.check import check_values
-from tuner.spec.checks.words import show
+from tuner.spec.checks.words import any_of, show
 from tuner.spec.load import apply_overrides, dump_spec
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.text import parse_yaml
 
-MAY_GROW = "budget.trials"
+MAY_GROW = ("budget.trials", "budget.time_limit", "budget.tokens", "budget.gpu_hours", "budget.disk")
+"""The budgets of a whole sweep. They change no trial, so those before and after can be compared."""
 
 
 def differences(before: SweepSpec, after: SweepSpec) -> dict[str, tuple[Any, Any]]:
@@ -25,18 +26,20 @@ def differences(before: SweepSpec, after: SweepSpec) -> dict[str, tuple[Any, Any
     return {key: (old.get(key), new.get(key)) for key in keys if key not in sections and old.get(key) != new.get(key)}
 
 
-def with_more_trials(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
-    """The spec of a sweep that is to run more trials. Raises SpecError for any other change: what could be compared?"""
+def with_more_budget(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
+    """The spec of a sweep that may spend more; null is no limit. Raises SpecError for any other change."""
     if not overrides:
         return spec
     values = apply_overrides(parse_yaml(dump_spec(spec)), overrides)
-    changed, problems = check_values(values, Path(os.sep), spec.storage.root)
+    changed, problems = check_values(
+        values, Path(os.sep), spec.storage.root, elsewhere=True
+    )  # the sweep found its files
     if changed is None:
         raise SpecError(problems, "--set")
     problems = [
-        Problem(key, show(new), f"{show(old)}, as the sweep began: only {MAY_GROW} may grow")
+        Problem(key, show(new), f"{show(old)}, as the sweep began: only {any_of(MAY_GROW)} may grow")
         for key, (old, new) in differences(spec, changed).items()
-        if key != MAY_GROW or new < old
+        if key not in MAY_GROW or old is None or (new is not None and new < old)
     ]
     if problems:
         raise SpecError(problems, "--set")

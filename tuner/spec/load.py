@@ -52,6 +52,16 @@ def parse_spec(values: Mapping[str, Any], base: str | Path, root: str | Path | N
     return spec
 
 
+def parse_point(words: Sequence[str]) -> dict[str, Any]:
+    """Return the point that `lora.r=16`, `train.packing=bfd`, ... stand for. Raises `SpecError`."""
+    wrong = [
+        Problem(word, show(word), "KEY=VALUE, such as lora.r=16") for word in words if not all(word.partition("=")[:2])
+    ]
+    if wrong:
+        raise SpecError(wrong, "point")
+    return {key: parse_yaml(text, key) for key, _, text in (word.partition("=") for word in words)}
+
+
 def dump_spec(spec: SweepSpec) -> str:
     """Return the YAML that loads as this spec, with every default written out."""
     values = spec.model_dump()

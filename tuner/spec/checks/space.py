@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from tuner.errors import Problem
@@ -160,16 +161,22 @@ def _check_enqueued(spec: SweepSpec) -> list[Problem]:
     if len(points) > spec.budget.trials:
         found.append(Problem("search.enqueue", f"{len(points)} points", f"at most budget.trials, {spec.budget.trials}"))
     for index, point in enumerate(points):
-        for key, value in point.items():
-            at = f"search.enqueue[{index}].{key}"
-            distribution = spec.space.get(key)
-            if distribution is None:
-                found.append(Problem(at, "a key that is not searched", any_of(spec.space), nearest(key, spec.space)))
-            elif not _contains(distribution, value):
-                found.append(Problem(at, show(value), _domain(distribution)))
-            elif not is_active(distribution, point):
-                needs = " and ".join(f"{parent} {words_for(values)}" for parent, values in distribution.when.items())  # type: ignore[union-attr]
-                found.append(Problem(at, show(value), f"this key only in a point with {needs}"))
+        found += check_point(spec.space, point, f"search.enqueue[{index}].")
+    return found
+
+
+def check_point(space: Mapping[str, Distribution], point: Mapping[str, Any], at: str = "") -> list[Problem]:
+    """Find everything that is wrong with values to try; keys that it lacks are the sampler's to fill in."""
+    found = []
+    for key, value in point.items():
+        distribution = space.get(key)
+        if distribution is None:
+            found.append(Problem(f"{at}{key}", "a key that is not searched", any_of(space), nearest(key, space)))
+        elif not _contains(distribution, value):
+            found.append(Problem(f"{at}{key}", show(value), _domain(distribution)))
+        elif not is_active(distribution, point):
+            needs = " and ".join(f"{parent} {words_for(values)}" for parent, values in distribution.when.items())  # type: ignore[union-attr]
+            found.append(Problem(f"{at}{key}", show(value), f"this key only in a point with {needs}"))
     return found
 
 
