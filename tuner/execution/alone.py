@@ -14,18 +14,24 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from tuner.execution.endings import explain_failure, tail
+from tuner.execution.last_words import leave_stuck
 from tuner.execution.logs import log_process_to
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
+from tuner.training.watchdog import Watch
 
+LOOK_S = 1.0
+"""Seconds between two looks whether a trial's process was stopped by a signal, which it cannot say itself."""
 _IMPORTED_BEFORE_A_FORK = ["tuner.execution.alone", "tuner.training.trial", "deepspeed"]  # accelerate looks at the last
 
 
@@ -36,6 +42,7 @@ class TrialAlone:
         processes = multiprocessing.get_context("spawn" if ray.get_gpu_ids() else "forkserver")
         processes.set_forkserver_preload(_IMPORTED_BEFORE_A_FORK)
         self._folder = SweepFolder.of(spec)
+        self._stuck_after = spec.resources.stuck_after
         self._pipe, theirs = processes.Pipe()
         arguments = (theirs, spec.model_dump(mode="json"), threads)
         self._process: Any = processes.Process(target=_train, args=arguments, daemon=True)  # type: ignore[attr-defined]
@@ -53,6 +60,8 @@ class TrialAlone:
         while True:
             try:
                 self._pipe.send(until_tokens)
+                if not self._hears():
+                    return Ending("FAILED", "stuck", "its process was stopped by a signal", tail(self._log))
                 came_to: Report | Ending = self._pipe.recv()
             except (EOFError, OSError):
                 self._process.join()
@@ -60,6 +69,21 @@ class TrialAlone:
                 return Ending("FAILED", "worker-lost", reason, tail(self._log))
             if isinstance(came_to, Ending) or came_to.tokens >= until_tokens:
                 return came_to
+
+    def _hears(self) -> bool:
+        """Wait for the trial to say something; whether it does before it has been stopped by a signal for too long."""
+        stopped_s = 0.0
+        while not self._pipe.poll(LOOK_S):
+            stopped_s = stopped_s + LOOK_S if self._is_stopped() else 0.0
+            if stopped_s > self._stuck_after:
+                return False
+        return True
+
+    def _is_stopped(self) -> bool:
+        try:
+            return psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -81,18 +105,21 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
     config, facts = pipe.recv()
     log = folder.trial_log(config["number"])
     log_process_to(log)
+    watch = Watch(asked.resources.stuck_after, partial(leave_stuck, folder, [config["number"]], log))
 
     def emit(report: Report, save: Callable[[Path], None]) -> None:
         path = folder.adapter(config["number"], report.tokens)
         save(path)
         folder.root.keep(log, stays=True)
         pipe.send(replace(report, adapter_path=folder.root.keep(path)))
-        pipe.recv()
+        with watch.waiting():
+            pipe.recv()
 
     try:
         pipe.recv()
         checkpoints = folder.trial_checkpoints(config["number"])
-        run_trial(asked, config, Preparation(**facts), checkpoints, emit, folder.root)
+        with watch.working():
+            run_trial(asked, config, Preparation(**facts), checkpoints, emit, folder.root, watch.moved)
     except Exception as error:
         traceback.print_exc()  # into the trial's log, whose tail goes into the record
         folder.root.keep(log, stays=True)

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
 from tuner.errors import TunerError
 from tuner.execution.endings import explain_failure, tail
+from tuner.execution.last_words import leave_stuck
 from tuner.execution.logs import log_process_to
 from tuner.execution.machine import Placement
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
+from tuner.training.watchdog import Watch
 
 FAILURE = "failure"
 """Key of a Tune result that is no evaluation: the trial's `Ending`, as JSON because Tune flattens what is nested."""
@@ -121,7 +124,9 @@ def score_worker(loop: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(job["threads"])
     with tempfile.TemporaryDirectory() as output_dir:
         spec, sweep = SweepSpec.model_validate(job["spec"]), Preparation(**job["preparation"])
-        return score_untuned(spec, sweep, Path(output_dir)).as_dict()
+        watch = Watch(spec.resources.stuck_after, partial(leave_stuck, folder, [], folder.log))
+        with watch.working():
+            return score_untuned(spec, sweep, Path(output_dir), watch.moved).as_dict()
 
 
 def train_worker(loop: dict[str, Any]) -> None:
@@ -138,27 +143,34 @@ def train_worker(loop: dict[str, Any]) -> None:
         from tuner.training.trial import run_trial
 
         torch.set_num_threads(job["threads"])
-        run_trial(
-            SweepSpec.model_validate(job["spec"]),
-            config,
-            Preparation(**job["preparation"]),
-            folder.trial_checkpoints(config["number"]),
-            lambda report, save: _emit(folder, config["number"], report, save, rank),
-            folder.root,
-        )
+        spec, number = SweepSpec.model_validate(job["spec"]), config["number"]
+        watch = Watch(spec.resources.stuck_after, partial(leave_stuck, folder, [number], log))
+        with watch.working():
+            run_trial(
+                spec,
+                config,
+                Preparation(**job["preparation"]),
+                folder.trial_checkpoints(number),
+                lambda report, save: _emit(folder, number, report, save, rank, watch),
+                folder.root,
+                watch.moved,
+            )
     except Exception:
         traceback.print_exc()  # into the trial's log, whose tail goes into the record
         folder.root.keep(log, stays=True)
         raise
 
 
-def _emit(folder: SweepFolder, number: int, report: Report, save: Callable[[Path], None], rank: int) -> None:
+def _emit(
+    folder: SweepFolder, number: int, report: Report, save: Callable[[Path], None], rank: int, watch: Watch
+) -> None:
     """Report to Tune through Ray Train; rank 0 saves the adapter. Every rank must call: it is a barrier."""
     if rank == 0:
         adapter = folder.adapter(number, report.tokens)
         save(adapter)
         report = replace(report, adapter_path=folder.root.keep(adapter))
-    ray.train.report(report.as_dict())
+    with watch.waiting():
+        ray.train.report(report.as_dict())
 
 
 def _backend(job: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ packing, the evaluation batch size, the padding or the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from trl.trainer.utils import add_fused_lm_head
+
+from tuner.training.watchdog import unwatched
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,13 +50,19 @@ class Score:
         return {"eval_loss": self.eval_loss, "mean_token_accuracy": self.mean_token_accuracy, "tokens": self.tokens}
 
 
-def score(model: nn.Module, rows: Dataset, batch_size: int = 8, device: torch.device | None = None) -> Score:
+def score(
+    model: nn.Module,
+    rows: Dataset,
+    batch_size: int = 8,
+    device: torch.device | None = None,
+    moved: Callable[[], None] = unwatched,
+) -> Score:
     """Score a causal language model, or a PEFT model over one, on rows of `input_ids` and `labels`.
 
     Rows are sorted by length so that little is padded. The head is TRL's fused one, which computes log-probabilities in
     tiles: memory does not grow with tokens times vocabulary. In a distributed run every rank scores its share of the
     batches (empty ones fill up, so that sharded models stay in step) and all ranks return the same sums. `device` is
-    where the model computes, if that is not where its weights are.
+    where the model computes, if that is not where its weights are; `moved` is called after every batch.
     """
     device = device or next(model.parameters()).device
     dtype = _compute_dtype(model)
@@ -68,6 +76,7 @@ def score(model: nn.Module, rows: Dataset, batch_size: int = 8, device: torch.de
             sums[0] -= output.log_probs.double()[mask].sum()
             sums[1] += output.is_top1[mask].sum()
             sums[2] += mask.sum()
+            moved()
     if _world_size() > 1:
         dist.all_reduce(sums)
     nll_sum, correct, tokens = sums.tolist()

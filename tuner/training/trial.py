@@ -36,6 +36,7 @@ from tuner.training.strategy import (
     quant_storage,
     sharing_arguments,
 )
+from tuner.training.watchdog import unwatched
 from tuner.training.workers import WorkersTrainer
 
 if TYPE_CHECKING:
@@ -56,12 +57,19 @@ _PREPARED_FIELDS = frozenset(
 
 
 def run_trial(
-    spec: SweepSpec, config: TrialConfig, sweep: Preparation, output_dir: Path, emit: Emit, root: Root | None = None
+    spec: SweepSpec,
+    config: TrialConfig,
+    sweep: Preparation,
+    output_dir: Path,
+    emit: Emit,
+    root: Root | None = None,
+    moved: Callable[[], None] = unwatched,
 ) -> None:
     """Train one trial to the end of its budget, emitting a report at every milestone.
 
     What it takes to go on from there is in `output_dir` before a report is emitted; a trial that finds it there goes
-    on, and emits that report again. `root` is that folder's, where it may be in an object store.
+    on, and emits that report again. `root` is that folder's, where it may be in an object store. `moved` is called
+    whenever the training has got a little further.
 
     Raises InfeasibleError when the point cannot be trained (diverged, a step larger than the budget's grain, or
     libraries that would share it among workers otherwise than was asked) and DataError when the data are not those the
@@ -72,11 +80,14 @@ def run_trial(
     cut_off = newest_checkpoint(output_dir, root)
     if cut_off:
         print(f"trial {config['number']} goes on from its last evaluation", flush=True)
-    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, cut_off.report if cut_off else None))
+    last = cut_off.report if cut_off else None
+    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, last, moved))
     planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
 
 
-def score_untuned(spec: SweepSpec, sweep: Preparation, output_dir: Path) -> Score:
+def score_untuned(
+    spec: SweepSpec, sweep: Preparation, output_dir: Path, moved: Callable[[], None] = unwatched
+) -> Score:
     """The untuned base's score, by workers who share it as those of a trial do: no one of them needs all of it.
 
     An adapter that has not been trained adds nothing. All workers must call, and all get the score.
@@ -89,7 +100,7 @@ def score_untuned(spec: SweepSpec, sweep: Preparation, output_dir: Path) -> Scor
     if config["lora"] is not None:
         config["lora"] |= {"init_lora_weights": True, "use_dora": False}
     planned = _load_and_plan(spec, config, sweep, output_dir)
-    planned.trainer.add_callback(_ScoreFirst(planned))
+    planned.trainer.add_callback(_ScoreFirst(planned, moved))
     try:
         planned.trainer.train()
     except _Scored as scored:
@@ -241,20 +252,32 @@ def refuse_divergence(report: Report) -> None:
 class ReportAtMilestones(TrainerCallback):
     """Has the trainer log at every milestone, scores the model there, has a checkpoint saved, and emits one Report."""
 
-    def __init__(self, trial: PlannedTrial, emit: Emit, root: Root | None = None, last: Report | None = None):
+    def __init__(
+        self,
+        trial: PlannedTrial,
+        emit: Emit,
+        root: Root | None = None,
+        last: Report | None = None,
+        moved: Callable[[], None] = unwatched,
+    ):
         """`root` is where checkpoints last, if there are to be any; `last` the newest report of one that goes on."""
         self._trial = trial
         self._root = root
         self._reporter = Reporter(trial.plan, last)
         self._emit = emit
         self._report = last
+        self._moved = moved
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._report is not None:
             self._tell(kwargs["model"])
         self._reporter.training_resumes()
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._moved()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._moved()
         control.should_log = state.global_step in self._trial.plan.evaluations
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -263,7 +286,8 @@ class ReportAtMilestones(TrainerCallback):
             return
         self._reporter.training_paused()
         kwargs["optimizer"].eval()  # a schedule-free one trains at other weights than it finds; steps turn it back
-        result = score(model, self._trial.eval_rows, args.per_device_eval_batch_size, args.device)
+        rows, batch_size = self._trial.eval_rows, args.per_device_eval_batch_size
+        result = score(model, rows, batch_size, args.device, self._moved)
         report = self._reporter.report(
             state.global_step, state.epoch, logs["loss"], logs["learning_rate"], logs.get("grad_norm", 0.0), result
         )
@@ -279,6 +303,7 @@ class ReportAtMilestones(TrainerCallback):
         assert self._report is not None
         assert self._root is not None
         complete_checkpoint(self._trial.trainer, self._report, self._root)
+        self._moved()
         self._tell(kwargs["model"])
 
     def _tell(self, model: Any) -> None:
@@ -297,11 +322,13 @@ class _Scored(Exception):
 class _ScoreFirst(TrainerCallback):
     """Scores the model as its workers hold it, and ends the training before its first step."""
 
-    def __init__(self, trial: PlannedTrial):
+    def __init__(self, trial: PlannedTrial, moved: Callable[[], None]):
         self._trial = trial
+        self._moved = moved
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise _Scored(score(kwargs["model"], self._trial.eval_rows, args.per_device_eval_batch_size, args.device))
+        rows, batch_size = self._trial.eval_rows, args.per_device_eval_batch_size
+        raise _Scored(score(kwargs["model"], rows, batch_size, args.device, self._moved))
 
 
 def peak_memory_bytes() -> int:

@@ -21,6 +21,7 @@ from tuner.spec.trial import Report
 from tuner.training.evaluation import Score
 from tuner.training.shared.joint import Document, JointModel, MicroBatch
 from tuner.training.trial import refuse_divergence
+from tuner.training.watchdog import Watch
 
 if TYPE_CHECKING:
     from tuner.training.shared.slot import Slot
@@ -95,8 +96,12 @@ class Lane:
         eval_documents: list[Document],
         save: Callable[[Tenancy, Report], None],
         threads: int,
+        watch: Callable[[Callable[[], list[int]]], Watch],
     ):
-        """`save` is called with what was scored, and is to report it; `threads` are torch's, for this lane alone."""
+        """`save` is called with what was scored, and is to report it; `threads` are torch's, for this lane alone.
+
+        `watch` makes what watches the lane, given what tells of which trials it does something.
+        """
         self.joint = joint
         self.tenancies: list[Tenancy] = []
         self._eval_documents = eval_documents
@@ -108,6 +113,7 @@ class Lane:
         self.changed = threading.Condition()
         """Notified when there is something to do, or to say."""
         self._closed = False
+        self._watch = watch(lambda: [tenancy.number for tenancy in self._training()])
         self._thread = threading.Thread(target=self._serve, args=(threads,), name="lane", daemon=True)
         self._thread.start()
 
@@ -124,6 +130,7 @@ class Lane:
             self._closed = True
             self.changed.notify_all()
         self._thread.join()
+        self._watch.close()
 
     def _serve(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -133,12 +140,13 @@ class Lane:
                 if self._closed:
                     return
                 errands, self._errands = self._errands, []
-            for errand, call in errands:
-                try:
-                    errand.set_result(call())
-                except Exception as error:
-                    errand.set_exception(error)
-            self._turn(self._training())
+            with self._watch.working():
+                for errand, call in errands:
+                    try:
+                        errand.set_result(call())
+                    except Exception as error:
+                        errand.set_exception(error)
+                self._turn(self._training())
 
     def _training(self) -> list[Tenancy]:
         return [tenancy for tenancy in self.tenancies if tenancy.may_train]
@@ -172,6 +180,7 @@ class Lane:
             self._learn(tenancies[:half])
             self._learn(tenancies[half:])
             return
+        self._watch.moved()
         for tenancy, loss in zip(tenancies, losses, strict=True):
             with tenancy.ends_alone():
                 _slot(tenancy).learn(loss)
@@ -181,6 +190,7 @@ class Lane:
         sums: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(to_score)
         for documents in _joint_batches(self._eval_documents, EVAL_TOKENS // len(to_score)):
             parts = self.joint.score([micro_batch(documents) for micro_batch in to_score])
+            self._watch.moved()
             sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(sums, parts, strict=True)]
         return [Score(*parts) for parts in sums]
 
