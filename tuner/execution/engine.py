@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tuner.errors import NotShareable
 from tuner.execution.alone import TrialAlone
 from tuner.execution.endings import explain_failure
+from tuner.execution.last_words import leave_stuck
 from tuner.execution.logs import log_process_to
 from tuner.execution.machine import Placement, cores_of_nodes, live_nodes
 from tuner.spec.layout import SweepFolder
@@ -254,5 +255,9 @@ class EngineActor:
             if self._engine is None:
                 sweep = Preparation(**facts)
                 rows = self._folder.root.fetch(self._folder.eval_rows)
-                self._engine = Engine(self._spec, self._base.result(), sweep, rows, sweep.lanes)
+                self._engine = Engine(self._spec, self._base.result(), sweep, rows, sweep.lanes, self._stuck)
+                log_process_to(self._folder.log)  # where others find what it says last
             return self._engine
+
+    def _stuck(self, numbers: list[int], reason: str) -> None:
+        leave_stuck(self._folder, numbers, self._folder.log, reason)

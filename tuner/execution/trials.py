@@ -8,6 +8,7 @@ from tuner.execution.events import Display
 from tuner.execution.halt import Halt
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.results.store import Store
+from tuner.execution.last_words import in_its_own_words
 from tuner.search.study import Search
 from tuner.spec.trial import Ending, Report, TrialConfig
 
@@ -49,6 +50,7 @@ class Trials:
 
     def reported(self, number: int, report: Report) -> bool:
         """Take one evaluation; return True when the trial should stop now."""
+            folder.root.forget(folder.last_words(number))
         self._store.add_report(number, report)
         self.halt.spend(number, report)
         drop_worse_adapters(self._store, number)
@@ -57,7 +59,7 @@ class Trials:
 
     def failed(self, number: int, ending: Ending) -> None:
         """What a trial says of its own end, which is about to come."""
-        self._failures[number] = ending
+        self._failures[number] = in_its_own_words(self._store.folder, number, ending)
 
     def ended(self, number: int) -> None:
         """Record the end of a trial, however it came."""

@@ -242,3 +242,7 @@ class SweepFolder:
         checkpoints = self.trial_checkpoints(number)
         states = [checkpoints / name / CHECKPOINT_REPORT for name in self.root.names(checkpoints)]
         return any(map(self.root.exists, [self.trial_state(number), *states]))
+
+    def last_words(self, number: int) -> Path:
+        """What a process that was stuck in the trial, and ended itself, says of it."""
+        return self.trial(number) / "last-words.json"

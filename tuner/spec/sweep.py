@@ -155,6 +155,9 @@ class ResourcesSpec(Section):
 
     @property
     def on_ray_train(self) -> bool:
+    stuck_after: Seconds = Field(
+        600, description="A step that takes longer, and 20 times as long as any before, ends its attempt; `10m`."
+    )
         """Whether a trial runs in workers of Ray Train: it has several, or is sharded, which even one can be."""
         return self.workers_per_trial > 1 or self.strategy not in ("auto", "ddp")
 

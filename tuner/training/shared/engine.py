@@ -24,17 +24,28 @@ from tuner.training.shared.joint import Document, JointModel, MicroBatch, share_
 from tuner.training.shared.lane import Lane, Tenancy
 from tuner.training.shared.slot import Slot
 from tuner.training.trial import plan_trial, sft_config
+from tuner.training.watchdog import Watch
 
 
 class Engine:
     """One base on one device. Every method may be called from any thread; `advance` and `detach` wait."""
 
-    def __init__(self, spec: SweepSpec, base: Any, sweep: Preparation, eval_rows: Path, lanes: int = 1):
+    def __init__(
+        self,
+        spec: SweepSpec,
+        base: Any,
+        sweep: Preparation,
+        eval_rows: Path,
+        lanes: int = 1,
+        last_words: Callable[[list[int], str], None] = lambda numbers, reason: None,
+    ):
+        """`last_words` is called when the process is about to end, because it is stuck in these trials, and why."""
         self._spec = spec
         self._sweep = sweep
         self._folder = SweepFolder.of(spec)
         self.base = base
         self._eval_documents = _documents(eval_rows)
+        self._last_words = last_words
         self.threads = torch.get_num_threads()
         self.lanes: list[Lane] = []
         self.use_lanes(lanes)
@@ -44,6 +55,8 @@ class Engine:
         self._arriving = threading.Lock()
         self._builder = ThreadPoolExecutor(1, "builder")  # one: a trainer seeds the process, then draws its adapter
         self._writer = ThreadPoolExecutor(1, "writer")
+        self._building = self._watch(lambda: self._at_work(slice(0, 1)))
+        self._writing = self._watch(lambda: self._at_work(slice(1, None)))
 
     def use_lanes(self, count: int) -> None:
         """Divide the threads among so many lanes. No trial may be there."""
@@ -52,8 +65,17 @@ class Engine:
         checkpointing = checkpoints_activations(self._spec.train)
         threads = max(1, self.threads // count)
         self.lanes = [
-            Lane(JointModel(self.base, checkpointing), self._eval_documents, self._save, threads) for _ in range(count)
+            Lane(JointModel(self.base, checkpointing), self._eval_documents, self._save, threads, self._watch)
+            for _ in range(count)
         ]
+
+    def _watch(self, trials: Callable[[], list[int]]) -> Watch:
+        """What ends this process when a thread is stuck; `trials` tells in which."""
+        return Watch(self._spec.resources.stuck_after, lambda reason: self._last_words(trials(), reason))
+
+    def _at_work(self, part: slice) -> list[int]:
+        """The trials of which something is done just now, in this part of their work."""
+        return [number for number, work in list(self._work.items()) if any(one.running() for one in work[part])]
 
     def attach(self, config: TrialConfig) -> None:
         """Give a trial a slot, which is built in the background. A trial that left a state goes on from there."""
@@ -103,12 +125,14 @@ class Engine:
         for lane in self.lanes:
             lane.close()
         self._builder.shutdown()
+        self._building.close()
+        self._writing.close()
         self._writer.shutdown()
 
     def _build(self, tenancy: Tenancy, config: TrialConfig) -> None:
         if not tenancy.wanted:
             return
-        with tenancy.ends_alone(), tempfile.TemporaryDirectory() as output_dir:
+        with self._building.working(), tenancy.ends_alone(), tempfile.TemporaryDirectory() as output_dir:
             args = sft_config(config, Path(output_dir))
             trial = plan_trial(self._spec, config, self._sweep, share_weights(self.base), args)
             lane, state = tenancy.lane, self._folder.trial_state(tenancy.number)
@@ -125,7 +149,7 @@ class Engine:
         self._work[tenancy.number].append(self._writer.submit(self._write, tenancy, report, write))
 
     def _write(self, tenancy: Tenancy, report: Report, write: Callable[[Path, Path], None]) -> None:
-        with tenancy.ends_alone():
+        with self._writing.working(), tenancy.ends_alone():
             folder = self._folder
             adapter, state = folder.adapter(tenancy.number, report.tokens), folder.trial_state(tenancy.number)
             write(adapter, state)
