@@ -12,7 +12,7 @@ import psutil
 import pytest
 from real_sweeps import trained_alone, write_spec
 
-from tuner.execution.engine import MOST_DEATHS, Engines, start_engines
+from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import Silent
 from tuner.execution.machine import place, ray_cluster
 from tuner.execution.preparation import prepare_on_ray
@@ -112,20 +112,28 @@ def test_a_trial_apart_that_fails_says_why(serving):
     ray.get(serving.engine.detach.remote(3))
 
 
-def test_a_trial_outlives_two_deaths_of_its_engine_between_two_evaluations_and_not_three(serving):
+def test_an_engine_that_is_killed_is_started_again_and_a_trial_goes_on_there(serving):
     import ray
 
-    def die(times: int) -> None:
-        for _ in range(times):
-            (engine,) = until(lambda: processes("EngineActor.advance"))
-            engine.kill()
-            engine.wait(10)
+    def die() -> None:
+        (engine,) = until(lambda: processes("EngineActor"))
+        engine.kill()
+        engine.wait(10)
 
     config = serving.config(4)
     call = serving.advance(config, serving.ahead[0])
-    die(MOST_DEATHS)
-    assert ray.get(call).tokens == serving.ahead[0]
-    call = serving.advance(config, serving.ahead[1])
-    die(MOST_DEATHS + 1)
+    until(lambda: processes("EngineActor.advance"))
+    die()
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(call)
+    up = serving.engine.__ray_ready__.remote()
+    die()  # before it is up
+    ray.get(up)
+    first = ray.get(serving.advance(config, serving.ahead[0]))
+    call = serving.advance(config, serving.ahead[1])
+    die()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(call)
+    ray.get(serving.engine.__ray_ready__.remote())
+    assert ray.get(serving.advance(config, serving.ahead[0])) == first
+    assert ray.get(serving.advance(config, serving.ahead[1])).tokens == serving.ahead[1]

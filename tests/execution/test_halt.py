@@ -48,7 +48,9 @@ def test_what_earlier_drivers_spent_counts_and_so_does_what_is_trained_again(tmp
     number = trials.ask()["number"]
     trials.reported(number, make_report(750, 2.0))
     again = Halt(store, Silent())
-    again.spend(number, make_report(500, 2.0))  # from the beginning
+    again.spend(number, make_report(750, 2.0))  # said once more, by a trial that goes on from there
+    again.begins(number)
+    again.spend(number, make_report(500, 2.0))
     again.spend(number, make_report(750, 2.0))
     assert not again.stop_all()
     again.spend(number, make_report(1000, 2.0))

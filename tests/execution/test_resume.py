@@ -157,11 +157,17 @@ def workers_stops(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
     return stops
 
 
-def test_a_trial_whose_process_is_killed_has_failed_and_the_sweep_goes_on(stops):
+def test_a_trial_whose_process_is_killed_is_tried_again_and_its_record_says_so(stops, tmp_path):
     killed = stops["promoting"].trials[2]
-    assert (killed.outcome, killed.cause) == ("FAILED", "worker-lost")
-    assert [report.tokens for report in killed.reports] == [FIRST]
+    assert (killed.outcome, killed.cause) == ("COMPLETED", None)
+    (attempt,) = killed.tried
+    assert (attempt.tokens, attempt.cause, attempt.changed) == (FIRST, "worker-lost", {})
+    assert attempt.reason == "the trial's process ended with exit code -9"
+    assert attempt.log_tail
+    assert "trial 2 goes on from its last evaluation" in SweepFolder.of(stops["done"].spec).trial_log(2).read_text()
     assert stops["done"].trials[2] == killed
+    told = [line.split("] ")[1] for line in stops["promoting"].lines if f"trial 2 at {FIRST:,} tokens" in line]
+    assert len(told) == 1, "an evaluation was reported twice"
 
 
 def test_a_finished_trial_is_not_run_again(stops):
@@ -176,7 +182,7 @@ def test_a_base_that_was_measured_is_not_measured_again(stops):
 
 
 def test_when_only_the_promotion_was_cut_off_ray_does_not_start_again(stops):
-    assert [trial.outcome for trial in stops["promoting"].trials] == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert [trial.outcome for trial in stops["promoting"].trials] == ["COMPLETED"] * 3
     assert stops["promoting"].state.promoted is None
     assert not any("Starting Ray" in line for line in stops["done"].lines)
 

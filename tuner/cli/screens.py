@@ -223,6 +223,8 @@ def show_trial(record: TrialRecord) -> None:
     if record.reports:
         print()
         show_table(_report_columns(record), [BEST_STYLE if one is record.report else "" for one in record.reports])
+    for attempt in record.tried:
+        print(f"\ntried before, up to {count(attempt.tokens)} tokens\n{textwrap.indent(str(attempt), '  ')}")
     if record.reason:
         print(f"\nreason\n{textwrap.indent(record.reason.strip(), '  ')}")
     if record.log_tail:

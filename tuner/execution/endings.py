@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ray.exceptions import NodeDiedError
+
 from tuner.errors import DataError, InfeasibleError, TunerError, is_out_of_memory
 from tuner.spec.trial import Ending
 
@@ -23,8 +25,14 @@ def explain_failure(failure: Exception) -> Ending:
     if isinstance(failure, TunerError):
         return Ending("FAILED", "refused", reason)
     if type(failure).__module__.startswith("ray."):  # Ray's own words: the worker said none
-        return Ending("FAILED", "worker-lost", reason)
+        return Ending("FAILED", "preempted" if _lost_its_node(failure) else "worker-lost", reason)
     return Ending("FAILED", "bug", f"{type(failure).__name__}: {reason}")
+
+
+def _lost_its_node(failure: Exception) -> bool:
+    """Whether it was not the process that ended, but the whole node around it."""
+    lost = getattr(failure, "preempted", False) or isinstance(failure, NodeDiedError)
+    return lost or "node has died" in str(failure)
 
 
 def tail(log: Path) -> str | None:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 MOST_WAITING = 256
 """Calls an engine may have open: every slot waits in one of its own."""
-MOST_DEATHS = 2
-"""A call outlives so many deaths of its engine: Ray asks again when the engine is back."""
+MOST_STARTS = 3
+"""An engine that ends is started again, and given up when it has ended so often before it was up."""
 
 
 class Engines:
@@ -89,7 +89,7 @@ def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False)
             num_gpus=gpus,
             max_concurrency=MOST_WAITING,
             max_restarts=-1,  # an engine that dies does not take the sweep along
-            max_task_retries=MOST_DEATHS,
+            max_task_retries=MOST_STARTS - 1,  # of the calls whether it is up
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT",
         )
         return actor.remote(spec.model_dump(mode="json"), threads, shares or not prepared)
@@ -111,7 +111,7 @@ def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False)
 
 
 class EngineActor:
-    """One process, one base. Ray starts it again with the same arguments when it dies, and then repeats its calls."""
+    """One process, one base. Ray starts it again with the same arguments when it dies."""
 
     def __init__(self, spec: dict[str, Any], threads: int, load: bool):
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -203,6 +203,7 @@ class EngineActor:
 
     # During the search
 
+    @ray.method(max_task_retries=0)
     def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> Report | Ending:
         """The trial's report at a milestone; or, when it cannot get there, how it ended.
 
@@ -220,6 +221,7 @@ class EngineActor:
         except Exception as error:
             return replace(explain_failure(error), log_tail="".join(traceback.format_exception(error)))
 
+    @ray.method(max_task_retries=0)
     def detach(self, number: int) -> None:
         """End the trial, whatever it is doing."""
         if number in self._attached:
@@ -254,9 +256,9 @@ class EngineActor:
         with self._making:
             if self._engine is None:
                 sweep = Preparation(**facts)
+                log_process_to(self._folder.log)  # where others find what it says last
                 rows = self._folder.root.fetch(self._folder.eval_rows)
                 self._engine = Engine(self._spec, self._base.result(), sweep, rows, sweep.lanes, self._stuck)
-                log_process_to(self._folder.log)  # where others find what it says last
             return self._engine
 
     def _stuck(self, numbers: list[int], reason: str) -> None:

@@ -54,11 +54,13 @@ class Halt:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
+    def begins(self, number: int) -> None:
+        """A trial begins at its beginning, again perhaps: what it spends from now on comes on top."""
+        self._spent.pop(number, None)
+
     def spend(self, number: int, report: Report) -> None:
-        """Count what a trial has used since its last report; one that began again has used that, too."""
+        """Count what a trial has used since its last report."""
         tokens, seconds = self._spent.get(number, (0, 0.0))
-        if report.trained_tokens <= tokens:
-            tokens, seconds = 0, 0.0
         self._tokens += report.trained_tokens - tokens
         self._trial_s += report.duration_s - seconds
         self._spent[number] = report.trained_tokens, report.duration_s

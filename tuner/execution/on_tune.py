@@ -53,7 +53,7 @@ def search_on_tune(store: Store, trials: Trials, job: dict[str, Any], placement:
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(ask, ended, groups.room),
             scheduler=StudyScheduler(take),
-            num_samples=trials.remaining,
+            num_samples=-1,  # until there is no other trial to ask for
         ),
         run_config=tune.RunConfig(
             name=f"run-{time.time_ns()}",  # a name used before would silently resume that run

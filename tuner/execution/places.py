@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
+from tuner.errors import TunerError
 from tuner.execution.alone import Worker
 from tuner.execution.endings import explain_failure
 from tuner.execution.machine import Placement, live_nodes, others_use_it
@@ -26,6 +27,8 @@ from tuner.spec.trial import Ending, Report, TrialConfig
 
 PATIENCE_S = 0.2
 """How long a Ctrl-C, or the end of the time, may go unnoticed."""
+MOST_STARTS = 2
+"""So many actors in a row may end before they are up."""
 LOOK_S = 2.0
 """How often to look whether the cluster has grown."""
 TURN_S = 300.0
@@ -53,6 +56,7 @@ class Places:
         self._trials: dict[Any, int] = {}
         self._until: dict[Any, float] = {}
         self._coming: dict[ray.ObjectRef, Any] = {}
+        self._never_up = 0
         self._look = time.monotonic() + LOOK_S
         for actor in actors:
             self._expect(actor)
@@ -97,8 +101,8 @@ class Places:
             self._expect(actor)
 
     def end_idle(self) -> None:
-        """No trial will need another place."""
-        self._most = 0
+        """No trial will need another place than those that are taken."""
+        self._most = self.taken
         for actor in [actor for actor, trials in self._trials.items() if not trials]:
             self._end(actor)
 
@@ -112,13 +116,20 @@ class Places:
             actor = self._coming.pop(call)
             try:
                 ray.get(call)
-                self._until[actor] = time.monotonic() + self._turn_s
-            except RayActorError:
+                self._until[actor], self._never_up = time.monotonic() + self._turn_s, 0
+            except RayActorError as error:
                 self._end(actor)
+                self._count(explain_failure(error))
         if self.at_once < self._most and time.monotonic() > self._look:
             self._look = time.monotonic() + LOOK_S
             for actor in self._more(list(self._trials)):
                 self._expect(actor)
+
+    def _count(self, end: Ending) -> None:
+        """Raise TunerError when one actor after the other ends before it is up: nothing would ever run."""
+        self._never_up += end.cause != "preempted"
+        if self._never_up > MOST_STARTS and not self._until:
+            raise TunerError(f"no process for trials stays alive: {end.reason}")
 
     def _expect(self, actor: Any) -> None:
         self._trials.setdefault(actor, 0)
@@ -177,25 +188,23 @@ def run_in_places(trials: Trials, places: Places, facts: dict[str, Any], ahead: 
 def _life(
     trials: Trials, places: Places, config: TrialConfig, facts: dict[str, Any], ahead: list[int]
 ) -> Iterator[ray.ObjectRef]:
-    """One trial, from evaluation to evaluation; yields every call that it waits for."""
+    """One attempt of a trial, from evaluation to evaluation; yields every call that it waits for."""
     number, actor = config["number"], places.take()
-    reached = 0
     for until_tokens in ahead:
-        if until_tokens <= reached:
-            continue  # it went on from an evaluation further on, after which it was cut off
+        if until_tokens <= trials.reached(number):
+            continue  # it goes on from an evaluation further on
         call = actor.advance.remote(config, facts, until_tokens)
         yield call
         try:
             came_to: Report | Ending = ray.get(call)
-        except RayActorError as error:  # Ray has asked again, as often as the actor's death is survived
+        except RayError as error:
             came_to = explain_failure(error)
             places.doubt(actor)
         if isinstance(came_to, Ending):
             trials.failed(number, came_to)
             break
-        reached = came_to.tokens
         if trials.reported(number, came_to):
             break
-    trials.ended(number)
     yield actor.detach.remote(number)
     places.leave(actor)
+    trials.ended(number)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from tuner.execution.endings import tail
 from tuner.execution.events import Display
 from tuner.execution.halt import Halt
-from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
-from tuner.results.store import Store
 from tuner.execution.last_words import in_its_own_words
+from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
+from tuner.execution.retries import as_changed, failed_attempt
+from tuner.results.store import Store
 from tuner.search.study import Search
 from tuner.spec.trial import Ending, Report, TrialConfig
 
@@ -22,7 +25,10 @@ class Trials:
         self._search = Search(store.spec, store.study, facts["tokens_per_trial"], facts["baseline"]["eval_loss"])
         self._store = store
         self._display = display
-        self._running: set[int] = set()
+        self._running: dict[int, TrialConfig] = {}
+        self._again: list[TrialConfig] = []
+        """Of those that run, the ones that wait for a place to be tried again in."""
+        self._reached: dict[int, int] = {}
         self._over: list[int] = []
         self._failures: dict[int, Ending] = {}
         self._kept = set(store.with_adapters())
@@ -30,27 +36,39 @@ class Trials:
     @property
     def remaining(self) -> int:
         """How many trials are still to be asked for."""
-        return self._search.remaining
+        return self._search.remaining + len(self._again)
 
     def ask(self) -> TrialConfig | None:
         """The next trial, which starts now; None when there is none, or none is to start any more."""
         if self.halt.stop_all():
             return None
-        config = self._search.ask()
+        again = bool(self._again)
+        config = self._again.pop(0) if again else self._search.ask()
         if config is not None:
             number, folder = config["number"], self._store.folder
+            config = as_changed(config, self._store.tried(number))
             goes_on = folder.goes_on(number)
             if not goes_on:
                 folder.root.forget(folder.trial(number))  # what an earlier attempt left
+                self.halt.begins(number)
+            folder.root.forget(folder.last_words(number))
             self._store.start_trial(number, config, goes_on)
-            self._search.recall(number, [Report.from_dict(row) for row in self._store.reports([number])])
-            self._running.add(number)
+            reports = [Report.from_dict(row) for row in self._store.reports([number])]
+            self._search.recall(number, reports)
+            self._reached[number] = reports[-1].tokens if again and reports else 0
+            self._running[number] = config
             self._display.trial_started(number, config["point"])
         return config
 
+    def reached(self, number: int) -> int:
+        """The milestone up to which this process has heard of a running trial."""
+        return self._reached[number]
+
     def reported(self, number: int, report: Report) -> bool:
         """Take one evaluation; return True when the trial should stop now."""
-            folder.root.forget(folder.last_words(number))
+        if report.tokens <= self._reached[number]:
+            return False  # from where another attempt goes on
+        self._reached[number] = report.tokens
         self._store.add_report(number, report)
         self.halt.spend(number, report)
         drop_worse_adapters(self._store, number)
@@ -62,14 +80,15 @@ class Trials:
         self._failures[number] = in_its_own_words(self._store.folder, number, ending)
 
     def ended(self, number: int) -> None:
-        """Record the end of a trial, however it came."""
-        self._running.discard(number)
-        failure = self._failures.get(number)
+        """Take the end of a trial's attempt, however it came: it is recorded, or the trial is tried again."""
+        config, failure = self._running.pop(number), self._failures.pop(number, None)
         if self.halt.interrupted and not self._search.is_decided(number):
             return  # whatever it was: it stays unfinished, for `tuner resume`
         if self.halt.reason and failure is None:
             failure = Ending("STOPPED", self.halt.cause, self.halt.reason)
-        ending = self._search.ending(number, failure)
+        ending = self._with_log(number, self._search.ending(number, failure))
+        if not self.halt.reason and self._try_again(config, ending):
+            return
         self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
         self._search.tell(number, ending)
         folder = self._store.folder
@@ -78,6 +97,27 @@ class Trials:
         self._over.append(number)
         self._kept = keep_best_adapters(self._store, self._kept | {number})
         self._display.trial_finished(self._store.record(number))
+
+    def _with_log(self, number: int, ending: Ending) -> Ending:
+        """The ending of a trial that failed, with the last words of whatever process it was in."""
+        if ending.outcome not in ("FAILED", "INFEASIBLE") or ending.log_tail is not None:
+            return ending
+        folder = self._store.folder
+        return replace(ending, log_tail=tail(folder.trial_log(number)) or tail(folder.log))
+
+    def _try_again(self, config: TrialConfig, ending: Ending) -> bool:
+        number = config["number"]
+        tried, workers = self._store.tried(number), self._store.spec.resources.workers_per_trial
+        reports = self._store.reports([number])
+        reached = reports[-1]["tokens"] if reports else 0
+        attempt = failed_attempt(config, ending, reached, tried, workers)
+        if attempt is None:
+            return False
+        self._store.set_tried(number, [*tried, attempt])
+        self._running[number] = config
+        self._again.append(config)
+        self._display.stage(f"Trial {number} is tried again after {attempt}")
+        return True
 
     def end_the_rest(self) -> None:
         """Those that were running when all were told to stop, of which nobody has said more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tuner.results.ranking import best_trial, leaderboard
@@ -191,7 +192,8 @@ def trial_document(record: TrialRecord) -> dict[str, Any]:
     """What `tuner show NAME TRIAL --json` prints: the trial as in `document`, then everything else.
 
     cause, reached (tokens at its last report), started, finished; `full_config`: all it ran with; `reports`: every
-    evaluation with the fields of `Report`; log_tail.
+    evaluation with the fields of `Report`; log_tail; `tried`: attempts that failed before the last, each with tokens,
+    cause, reason, log_tail and what was changed for the next.
     """
     return finite(
         {
@@ -203,6 +205,7 @@ def trial_document(record: TrialRecord) -> dict[str, Any]:
             "full_config": {key: value for key, value in record.config.items() if key not in ("number", "point")},
             "reports": [report.as_dict() for report in record.reports],
             "log_tail": record.log_tail,
+            "tried": [asdict(attempt) for attempt in record.tried],
         }
     )
 

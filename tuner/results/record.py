@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tuner.spec.trial import Outcome, Report
+from tuner.spec.trial import Attempt, Outcome, Report
 
 Status = Literal["queued", "preparing", "running", "finished", "failed", "interrupted", "cancelled"]
 ACTIVE: tuple[Status, ...] = ("preparing", "running")
@@ -50,6 +50,8 @@ class TrialRecord:
     """One word for what ended it, such as `out_of_memory`; None for a trial that did all it was asked."""
     reason: str | None = None
     log_tail: str | None = field(default=None, repr=False)
+    tried: tuple[Attempt, ...] = ()
+    """Attempts that failed before the last one."""
     started: datetime | None = None
     finished: datetime | None = None
 

@@ -10,7 +10,8 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.load import dump_spec
 from tuner.spec.sweep import NAME, SweepSpec
 from tuner.spec.text import parse_yaml
-from tuner.spec.trial import Outcome, Report, TrialConfig
+from tuner.spec.trial import Attempt, Outcome, Report, TrialConfig
 
 if TYPE_CHECKING:
     import optuna
@@ -164,6 +165,15 @@ class Store:
         mine = (tables.REPORTS.c.sweep == self.spec.name) & (tables.REPORTS.c.trial == number)
         with self._engine.begin() as connection:
             connection.execute(tables.REPORTS.delete().where(mine))
+
+    def tried(self, number: int) -> list[Attempt]:
+        """The attempts of a trial that have failed so far."""
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return tables.attempts(self._storage.get_trial(trial_id).user_attrs)
+
+    def set_tried(self, number: int, tried: Sequence[Attempt]) -> None:
+        """Record the attempts of a trial that have failed so far, before another begins."""
+        self._set_attributes(number, tried=[asdict(attempt) for attempt in tried])
 
     def finish_trial(
         self,

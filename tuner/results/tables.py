@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from tuner.errors import TunerError
 from tuner.results.record import SweepStatus, TrialRecord
-from tuner.spec.trial import Outcome, Report
+from tuner.spec.trial import Attempt, Outcome, Report
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -135,9 +135,15 @@ def record(trial: FrozenTrial, reports: list[Report], best_of: Callable[[list[Re
         cause=known.get("cause"),
         reason=known.get("reason"),
         log_tail=known.get("log_tail"),
+        tried=tuple(attempts(known)),
         started=_time(known.get("started"), trial.datetime_start),
         finished=_time(known.get("finished"), trial.datetime_complete),
     )
+
+
+def attempts(known: Mapping[str, Any]) -> list[Attempt]:
+    """What a trial's attributes say of its attempts that failed before the last."""
+    return [Attempt(**attempt) for attempt in known.get("tried") or ()]
 
 
 _OUTCOME_OF_STATE = {"RUNNING": "RUNNING", "COMPLETE": "COMPLETED", "PRUNED": "STOPPED", "FAIL": "FAILED"}

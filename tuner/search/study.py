@@ -123,9 +123,10 @@ class Search:
         return False
 
     def recall(self, number: int, reports: Sequence[Report]) -> None:
-        """Of a trial that goes on where an earlier run was cut off, take the evaluations it reported there."""
-        for report in reports:
-            self._values.setdefault(number, {})[report.tokens] = getattr(report, self._spec.objective.metric)
+        """Of a trial that begins another attempt, take the evaluations from which it goes on, if it does."""
+        heard = self._values.get(number, {})
+        self._passed[number] = max([self._passed.get(number, 0), *heard])
+        self._values[number] = {report.tokens: getattr(report, self._spec.objective.metric) for report in reports}
 
     def is_decided(self, number: int) -> bool:
         """Whether it is settled already how the trial ends."""

@@ -19,7 +19,10 @@ class NeverPickled:
 
 
 class StudySearcher(NeverPickled, Searcher):
-    """Hands out what `ask` proposes as Tune trial configs while there is `room`, and tells `ended` which is over."""
+    """Hands out what `ask` proposes as Tune trial configs while there is `room`, and tells `ended` which is over.
+
+    A trial that is tried again comes as another of Tune's, so there may be more to ask for as long as any runs.
+    """
 
     def __init__(self, ask: Callable[[], TrialConfig | None], ended: Callable[[int], None], room: Callable[[], bool]):
         super().__init__()
@@ -29,13 +32,11 @@ class StudySearcher(NeverPickled, Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._room():
-            return None  # Tune asks again
-        config = self._ask()
-        if config is None:
-            return Searcher.FINISHED
-        self._numbers[trial_id] = config["number"]
-        return config
+        config = self._ask() if self._room() else None
+        if config is not None:
+            self._numbers[trial_id] = config["number"]
+            return config
+        return None if self._numbers else Searcher.FINISHED  # or Tune asks again
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._ended(self._numbers.pop(trial_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 Outcome = Literal["RUNNING", "COMPLETED", "STOPPED", "INFEASIBLE", "FAILED"]
@@ -70,6 +70,23 @@ class Ending:
     cause: str | None = None
     reason: str | None = None
     log_tail: str | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One that failed, and was followed by another under the same number."""
+
+    tokens: int
+    """The milestone of the trial's last evaluation then; 0 before the first."""
+    cause: str
+    reason: str | None = None
+    log_tail: str | None = field(default=None, repr=False)
+    changed: dict[str, Any] = field(default_factory=dict)
+    """What every later attempt trains with instead, by dotted key."""
+
+    def __str__(self) -> str:
+        changed = ", ".join(f"{key}={value}" for key, value in self.changed.items())
+        return f"{self.cause} ({self.reason})" + (f", now with {changed}" if changed else "")
 
 
 def milestones(tokens_per_trial: int, evals_per_trial: int) -> list[int]:

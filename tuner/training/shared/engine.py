@@ -111,7 +111,6 @@ class Engine:
         tenancy.lane.between_turns(tenancy.leave)  # no turn has it any more, and none will save it again
         for work in self._work.pop(number):
             work.result()
-        self._folder.root.forget(self._folder.trial_state(number))
 
     def score_base(self) -> Score:
         """The base without any adapter, on the sweep's evaluation set."""
@@ -125,9 +124,9 @@ class Engine:
         for lane in self.lanes:
             lane.close()
         self._builder.shutdown()
+        self._writer.shutdown()
         self._building.close()
         self._writing.close()
-        self._writer.shutdown()
 
     def _build(self, tenancy: Tenancy, config: TrialConfig) -> None:
         if not tenancy.wanted:
