@@ -58,7 +58,7 @@ def test_what_is_kept_is_gone_here_and_can_be_fetched_on_another_node(s3_root, t
     assert not adapter.exists()
     assert root.names(root.path) == ["sweeps"]
     elsewhere = Root(tmp_path / "another-node", s3_root)
-    fetched = elsewhere.fetch(elsewhere.here(address))
+    fetched = elsewhere.fetch(elsewhere.sweep("demo").adapter(3, 250))
     assert (fetched / "adapter_model.safetensors").read_bytes() == b"weights"
     assert fetched.is_relative_to(tmp_path / "another-node")
 

@@ -56,6 +56,10 @@ class MachineError(TunerError):
     exit_code = 3
 
 
+class DiskFullError(TunerError):
+    """So little of a file system is free that it is left to the records (exit code 1)."""
+
+
 class NotFoundError(TunerError):
     """No sweep, trial or alias of that name (exit code 2)."""
 
@@ -110,6 +114,23 @@ class PromotionRefused(TunerError):
 
     def __str__(self) -> str:
         return "not promoted: " + "; ".join(self.reasons)
+
+
+_NO_SPACE = (
+    "No space left on device",  # the system itself, safetensors, arrow
+    "Disk quota exceeded",
+    "database or disk is full",  # SQLite
+    "PytorchStreamWriter failed writing",  # torch.save, which says no more
+)
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether this, or what led to it, is any library's way of saying so."""
+    while error is not None:
+        if isinstance(error, DiskFullError) or any(words in str(error) for words in _NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _NO_MEMORY = (

@@ -13,6 +13,7 @@ from made_by_hand import make_report, make_spec
 from tuner.execution.events import Silent
 from tuner.execution.trials import Trials
 from tuner.results.store import Store
+from tuner.spec.layout import SweepFolder
 
 
 @contextmanager
@@ -30,13 +31,13 @@ def statements() -> Iterator[list[str]]:
         sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
-def run_trial(trials: Trials, folder: Path, loss: float) -> tuple[int, int]:
+def run_trial(trials: Trials, folder: SweepFolder, loss: float) -> tuple[int, int]:
     """Statements of a trial with two reports: of one of these, and of all else."""
     with statements() as around:
         config = trials.ask()
         assert config is not None
         for tokens in (500, 1000):
-            path = folder / "adapters" / f"{config['number']}-{tokens}"
+            path = folder.adapter(config["number"], tokens)
             path.mkdir(parents=True)
             with statements() as one_report:
                 trials.reported(config["number"], make_report(tokens, loss - tokens / 1e6, adapter_path=str(path)))
@@ -49,10 +50,10 @@ def test_a_trial_costs_the_same_however_many_there_were(tmp_path):
     spec = make_spec(tmp_path, budget=budget, search={"sampler": "random"}, stopping={"type": "none"})
     store = Store.create(spec)
     trials = Trials(store, {"tokens_per_trial": 1000, "baseline": {"eval_loss": 4.0}}, Silent())
-    costs = [run_trial(trials, tmp_path, 3 - number / 100) for number in range(30)]
+    costs = [run_trial(trials, store.folder, 3 - number / 100) for number in range(30)]
     assert costs[5:] == [costs[5]] * 25
     assert costs[5][0] <= 10
-    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"27-1000", "28-1000", "29-1000"}
+    assert sorted(store.folder.path.glob("trials/*/tokens-*")) == [store.folder.adapter(n, 1000) for n in (27, 28, 29)]
 
 
 def database_work(root: Path, running: int) -> float:

@@ -129,7 +129,7 @@ def test_what_lasts_is_in_the_store_and_nothing_that_only_a_running_trial_needs(
     assert {name for name in kept if not name.startswith("tokens-")} <= {"trial.log"}
     for trial in sweep.records():
         assert trial.adapter_path.startswith(f"{story.root}/sweeps/{NAME}/trials/")
-        assert root.exists(root.here(trial.adapter_path))
+        assert root.exists(sweep.folder.adapter(trial.number, trial.report.tokens))
 
 
 def test_the_promoted_model_is_fetched_and_loads(story, tmp_path):
@@ -168,7 +168,7 @@ def test_the_workers_of_one_trial_put_one_adapter_there(tiny_model_dir, tmp_path
     (trial,) = tuner.open("two", s3_root).records()
     assert len(trial.reports) == 2
     root = Root.at(s3_root)
-    folder = root.fetch(root.here(trial.adapter_path))
+    folder = root.fetch(root.sweep("two").adapter(trial.number, trial.report.tokens))
     assert {file.name for file in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 

@@ -51,7 +51,12 @@ class Stage:
             "data_fingerprint": "data-1",
             "sweep_folder": sweep_folder(self.root),
         }
-        return promote(spec, trial or make_trial(spec, {}), report, **{**defaults, **arguments})
+        trial = trial or make_trial(spec, {})
+        if report.adapter_path is not None:
+            adapter = sweep_folder(self.root).adapter(trial.number, report.tokens)
+            shutil.rmtree(adapter, ignore_errors=True)
+            shutil.copytree(report.adapter_path, adapter)
+        return promote(spec, trial, report, **{**defaults, **arguments})
 
     def spec(self) -> SweepSpec:
         return make_spec(self.model, self.root)

@@ -13,7 +13,7 @@ from pathlib import Path
 def log_process_to(path: Path) -> None:
     """Send everything this process says from now on, native libraries included, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(target, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from tuner.results.ranking import best_report, leaderboard
+from tuner.results.record import TrialRecord
 from tuner.results.store import Store
 from tuner.spec.trial import Report
 
@@ -27,12 +28,23 @@ def keep_best_adapters(store: Store, numbers: Collection[int]) -> set[int]:
     for record in ended:
         best = record.report.tokens if record.report and record.number in kept else None
         _drop(store, record.number, [report for report in record.reports if report.tokens != best])
+        if record.outcome == "FAILED":
+            _drop_unrecorded(store, record)
     return kept
 
 
 def _drop(store: Store, number: int, reports: Iterable[Report]) -> None:
-    root = store.folder.root
+    folder = store.folder
     for report in reports:
         if report.adapter_path is not None:
             store.forget_adapter(number, report.tokens)  # first, so that no record names a folder that is gone
-            root.forget(root.here(report.adapter_path))
+            folder.root.forget(folder.adapter(number, report.tokens))
+
+
+def _drop_unrecorded(store: Store, record: TrialRecord) -> None:
+    """What a trial was writing when it failed."""
+    folder = store.folder
+    known = {folder.adapter(record.number, report.tokens).name for report in record.reports}
+    for name in folder.root.names(folder.trial(record.number)):
+        if name.startswith("tokens-") and name not in known:
+            folder.root.forget(folder.trial(record.number) / name)

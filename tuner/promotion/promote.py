@@ -86,7 +86,7 @@ def promote(
     """Merge, measure and, if the gate agrees, publish the checkpoint of `report` as the alias's next version.
 
     Args:
-        report: the evaluation to promote: its `adapter_path` and scores.
+        report: the evaluation to promote: its tokens and scores.
         baseline: scores of the untuned base, by metric.
         eval_rows: folder of the tokenised evaluation set.
         eval_fingerprint: identifies `eval_rows`; a promoted model measured on other rows is measured again on these.
@@ -104,7 +104,7 @@ def promote(
     settings = spec.promotion or PromotionSpec()
     alias = alias or settings.alias
     root = Root.of(spec)
-    checkpoint = _checkpoint(root, record, report)
+    checkpoint = _checkpoint(sweep_folder, record, report)
     base_figures, trial_figures = _figures(baseline, "untuned base"), _figures(report.as_dict(), "trial")
     with staging(root, alias) as working:
         before = current(root, alias)
@@ -156,13 +156,15 @@ def promote(
     return _promotion(version, manifest, spec.objective.metric, outcome["samples"], pushed_to)
 
 
-def _checkpoint(root: Root, record: Trial, report: Report) -> str:
+def _checkpoint(sweep: SweepFolder, record: Trial, report: Report) -> str:
+    """The folder of a trial's adapter: where this sweep keeps it, whatever the record calls it."""
     if report.adapter_path is None:
         raise PromotionRefused([f"the adapter of trial {record.number} was not kept, see storage.keep_best"])
+    adapter = sweep.adapter(record.number, report.tokens)
     try:
-        return str(root.fetch(root.here(report.adapter_path)))
+        return str(sweep.root.fetch(adapter))
     except FileNotFoundError:
-        raise PromotionRefused([f"trial {record.number} has no checkpoint at {report.adapter_path}"]) from None
+        raise PromotionRefused([f"trial {record.number} has no checkpoint at {sweep.root.address(adapter)}"]) from None
 
 
 def _known_scores(version: Version | None, eval_fingerprint: str) -> dict[str, float] | None:

@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from tuner.errors import AliasMoved, NotFoundError
 from tuner.promotion.manifest import MANIFEST
-from tuner.spec.layout import Root
+from tuner.spec.layout import Root, flush
 
 _CURRENT = "current"
 _HISTORY = "history.jsonl"
@@ -53,7 +53,7 @@ class Version:
     @property
     def path(self) -> Path:
         """Its folder; in an object store, where `root.fetch` puts it."""
-        return self.root.alias(self.alias) / self.name
+        return self.root.inside(self.root.alias(self.alias) / self.name)
 
     @property
     def place(self) -> Path | str:
@@ -82,7 +82,7 @@ def current(root: Root, alias: str) -> Version | None:
         moves = root.names(root.alias(alias) / _MOVES)
         target = _move(root, alias, moves[-1])["to"] if moves else None
     else:
-        link = root.alias(alias) / _CURRENT
+        link = root.inside(root.alias(alias) / _CURRENT)
         target = os.readlink(link) if link.is_symlink() else None
     return next((version for version in versions(root, alias) if version.name == target), None)
 
@@ -91,7 +91,7 @@ def history(root: Root, alias: str) -> list[dict[str, Any]]:
     """Every move of the alias, oldest first: `time`, `action`, `from`, `to`, `forced`, `reasons`."""
     if root.url is not None:
         return [_move(root, alias, name) for name in root.names(root.alias(alias) / _MOVES)]
-    path = root.alias(alias) / _HISTORY
+    path = root.inside(root.alias(alias) / _HISTORY)
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -135,6 +135,7 @@ def publish(
     move. Raises AliasMoved, and leaves nothing, when the alias no longer points at `before`, or the version is there.
     """
     if version.root.url is None:
+        flush(folder)
         os.replace(folder, version.path)
     else:
         _upload(version, folder)
@@ -204,8 +205,9 @@ def _point(
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(version.name)
     os.replace(temporary, link)
-    with (home / _HISTORY).open("a", encoding="utf-8") as file:
+    with root.inside(home / _HISTORY).open("a", encoding="utf-8") as file:
         file.write(json.dumps(move) + "\n")
+    flush(home / _HISTORY)
 
 
 def _add_move(root: Root, alias: str, move: dict[str, Any]) -> None:

@@ -10,12 +10,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.errors import NotFoundError
+from tuner.errors import DiskFullError, NotFoundError, TunerError
 from tuner.spec.objects import Objects, objects_at
 from tuner.spec.sweep import NAME, SweepSpec
 
 CHECKPOINT_REPORT = "report.json"
 """The last file of a trainer's checkpoint: one that has it is whole."""
+LEFT_TO_RECORDS = 64 * 2**20
+"""Bytes of a file system that only records may use: who writes anything else asks `refuse_full_disk` before."""
 
 
 def default_root() -> str:
@@ -39,6 +41,27 @@ def check_name(name: str, what: str) -> str:
     if not NAME.fullmatch(name):
         raise NotFoundError(f"{what} {name!r}: allowed are 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
     return name
+
+
+def refuse_full_disk(folder: Path, size: int = 0) -> None:
+    """Raise DiskFullError when, after so many bytes more, the file system of a folder had too little for records."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free - size < LEFT_TO_RECORDS:
+        raise DiskFullError(
+            f"the disk of {there} is full: {free / 1e6:,.0f} MB are free, {size / 1e6:,.0f} MB were to be written, "
+            f"and {LEFT_TO_RECORDS / 1e6:.0f} MB are left to the records"
+        )
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, outlive a power cut."""
+    for one in (*path.rglob("*"), path, path.parent):
+        opened = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 @dataclass(frozen=True)
@@ -74,23 +97,35 @@ class Root:
 
     @property
     def sweeps(self) -> Path:
-        return self.path / "sweeps"
+        return self.inside(self.path / "sweeps")
 
     @property
     def models(self) -> Path:
         """Promoted models: models/ALIAS/v1, v2, ... and the link models/ALIAS/current."""
-        return self.path / "models"
+        return self.inside(self.path / "models")
 
     @property
     def cache(self) -> Path:
         """Tokenised data and converted base models, content-addressed; safe to delete, and never put elsewhere."""
+        for kind in ("data", "models"):
+            self.inside(self.path / "cache" / kind)
         return self.path / "cache"
 
     def sweep(self, name: str) -> SweepFolder:
-        return SweepFolder(self.sweeps / check_name(name, "sweep"), self)
+        return SweepFolder(self.inside(self.sweeps / check_name(name, "sweep")), self)
 
     def alias(self, name: str) -> Path:
-        return self.models / check_name(name, "alias")
+        return self.inside(self.models / check_name(name, "alias"))
+
+    def leads_out(self, path: Path) -> bool:
+        """Whether a path below the root is one, by a symbolic link, no longer. The root itself may be a link."""
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path))
+
+    def inside(self, path: Path) -> Path:
+        """A path below the root. Raises TunerError where it leads out of it."""
+        if self.leads_out(path):
+            raise TunerError(f"{path} is, or lies behind, a symbolic link that leads out of {self.path}: move it away")
+        return path
 
     # What lasts
 
@@ -98,13 +133,14 @@ class Root:
         """How everybody names what lasts of a path below the root: the path itself, or its URL."""
         return str(path) if self.url is None else f"{self.url}/{self._key(path)}"
 
-    def here(self, address: str) -> Path:
-        """The path on this node of what has an address."""
-        return Path(address) if self.url is None else self.path / address.removeprefix(f"{self.url}/")
-
     def keep(self, path: Path, stays: bool = False) -> str:
-        """Have a finished file or folder last, and return its address; with `stays` it is still here afterwards."""
-        if self.url is not None:
+        """Have a finished file or folder last, even through a power cut, and return its address.
+
+        With `stays` it is still here afterwards.
+        """
+        if self.url is None:
+            flush(path)
+        else:
             self.objects.put(path, self._key(path))
             if not stays:
                 _remove(path)
@@ -116,7 +152,9 @@ class Root:
             self.objects.get(self._key(path), path)
         elif not path.exists():
             raise FileNotFoundError(path)
-        return path
+        for found in path.rglob("*"):
+            self.inside(found)
+        return self.inside(path)
 
     def exists(self, path: Path) -> bool:
         """Whether a file or folder lasts; in an object store, whether it is whole."""
@@ -124,7 +162,7 @@ class Root:
 
     def read(self, path: Path) -> str:
         """The text of a file that lasts. Raises FileNotFoundError."""
-        return path.read_text(encoding="utf-8") if self.url is None else self.objects.read(self._key(path))
+        return self.inside(path).read_text(encoding="utf-8") if self.url is None else self.objects.read(self._key(path))
 
     def create(self, path: Path, text: str) -> None:
         """Write a file that must not be there yet: of several different texts, one is. Raises FileExistsError."""
@@ -133,6 +171,7 @@ class Root:
         else:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
+            flush(path)
 
     def names(self, path: Path) -> list[str]:
         """What lies in a folder, sorted; nothing where there is none."""
@@ -144,7 +183,7 @@ class Root:
         """Remove a file or folder, here and where it lasts, if it is there."""
         if self.url is not None:
             self.objects.delete(self._key(path))
-        _remove(path)
+        _remove(self.inside(path))
 
     @property
     def objects(self) -> Objects:
@@ -189,53 +228,57 @@ class SweepFolder:
     @property
     def spec(self) -> Path:
         """The spec as it ran: resolved, absolute, every default filled in."""
-        return self.path / "spec.yaml"
+        return self._at("spec.yaml")
 
     @property
     def study(self) -> Path:
-        return self.path / "study.db"
+        return self._at("study.db")
 
     @property
     def log(self) -> Path:
         """What the libraries said in the driver."""
-        return self.path / "sweep.log"
+        return self._at("sweep.log")
 
     @property
     def promotion_log(self) -> Path:
         """What the libraries said in the processes that merged."""
-        return self.path / "promotion.log"
+        return self._at("promotion.log")
 
     @property
     def verify_log(self) -> Path:
         """What the libraries said while trials were rerun to verify them."""
-        return self.path / "verify.log"
+        return self._at("verify.log")
 
     @property
     def eval_rows(self) -> Path:
         """The tokenised evaluation set, kept so that a model can be measured again after the cache is gone."""
-        return self.path / "eval"
+        return self._at("eval")
 
     @property
     def ray(self) -> Path:
         """Ray Tune's own files; nothing here is ever read back."""
-        return self.path / "ray"
+        return self._at("ray")
 
     def trial(self, number: int) -> Path:
-        return self.path / "trials" / f"{number:05d}"
+        return self._at("trials", f"{number:05d}")
 
     def trial_log(self, number: int) -> Path:
-        return self.trial(number) / "trial.log"
+        return self._at_trial(number, "trial.log")
 
     def adapter(self, number: int, tokens: int) -> Path:
-        return self.trial(number) / f"tokens-{tokens:012d}"
+        return self._at_trial(number, f"tokens-{tokens:012d}")
 
     def trial_state(self, number: int) -> Path:
         """What a slot on the shared base needs to go on from its last evaluation."""
-        return self.trial(number) / "state.safetensors"
+        return self._at_trial(number, "state.safetensors")
 
     def trial_checkpoints(self, number: int) -> Path:
         """Where the trainer of a trial that is not a slot keeps what it needs to go on from its last evaluation."""
-        return self.trial(number) / "checkpoints"
+        return self._at_trial(number, "checkpoints")
+
+    def last_words(self, number: int) -> Path:
+        """What a process that was stuck in the trial, and ended itself, says of it."""
+        return self._at_trial(number, "last-words.json")
 
     def goes_on(self, number: int) -> bool:
         """Whether the trial was cut off after an evaluation from which it can go on."""
@@ -243,6 +286,8 @@ class SweepFolder:
         states = [checkpoints / name / CHECKPOINT_REPORT for name in self.root.names(checkpoints)]
         return any(map(self.root.exists, [self.trial_state(number), *states]))
 
-    def last_words(self, number: int) -> Path:
-        """What a process that was stuck in the trial, and ended itself, says of it."""
-        return self.trial(number) / "last-words.json"
+    def _at(self, *names: str) -> Path:
+        return self.root.inside(self.path.joinpath(*names))
+
+    def _at_trial(self, number: int, name: str) -> Path:
+        return self.root.inside(self.trial(number) / name)

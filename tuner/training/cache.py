@@ -12,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from tuner.spec.layout import flush, refuse_full_disk
+
 COMPLETE = "complete.json"
 
 
@@ -21,7 +23,7 @@ def make_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str
     `build(temporary_folder)` fills a folder beside `folder` and returns a summary that JSON can hold; it is then
     renamed into place. Of several processes one builds and the others wait for it. An entry whose files are missing or
     of the wrong size is built anew; what a killed builder left behind is removed. Raises whatever `build` raises, and
-    then leaves nothing.
+    DiskFullError, and then leaves nothing.
     """
     summary = read_complete(folder)
     if summary is not None:
@@ -34,14 +36,19 @@ def make_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     for leftover in [folder, *folder.parent.glob(f"{folder.name}.tmp-*")]:
-        if leftover.exists():
+        if leftover.is_symlink():  # what it points at is none of ours
+            leftover.unlink()
+        elif leftover.exists():
             shutil.rmtree(leftover)
+    refuse_full_disk(folder.parent)
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
         summary = build(temporary)
+        refuse_full_disk(temporary)
         record = {"summary": summary, "files": _sizes(temporary)}
         (temporary / COMPLETE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        flush(temporary)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -49,7 +56,9 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
 
 
 def read_complete(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a whole entry, or None when it is absent, half-written or damaged."""
+    """Return the summary of a whole entry, or None when it is absent, half-written, damaged or a link elsewhere."""
+    if folder.is_symlink():
+        return None
     try:
         record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         return record["summary"] if record["files"] == _sizes(folder) else None
