@@ -8,6 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 import tuner
 from tuner.cli import commands
+from tuner.errors import TunerError
+from tuner.results.requests import Request
 from tuner.results.store import Store
 from tuner.spec.layout import Root
 
@@ -267,6 +272,23 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_resume(tmp_path, capsy
         (["results", "pydoc-lora", "--format", "csv", "-o", "/"], 2, "cannot write /: Is a directory"),
         (["check", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["cancel", "pydoc-lora"], 1, "nothing to cancel: 'pydoc-lora' is finished"),
+        (["cancel", "pydoc-lora", "0"], 1, "nothing to cancel: 'pydoc-lora' is finished"),
+        (
+            ["add", "pydoc-lora", "lora.r=16"],
+            1,
+            "'pydoc-lora' is finished, so nothing can be asked of it: `tuner resume",
+        ),
+        (["add", "pydoc-lora", "lora.R=16"], 2, "did you mean lora.r"),
+        (["add", "pydoc-lora", "lora.r=7"], 2, "lora.r: got 7; allowed: 8, 16 or 32"),
+        (["add", "pydoc-lora", "lora.r"], 2, "lora.r: got 'lora.r'; allowed: KEY=VALUE, such as lora.r=16"),
+        (["add", "pydoc-lora"], 2, "KEY=VALUE"),
+        (["extend", "pydoc-lora", "--set", "budget.trials=9"], 1, "with --set budget.trials=N to N trials"),
+        (
+            ["extend", "pydoc-lora", "--set", "budget.trials=9", "--set", "train.seed=1"],
+            2,
+            "train.seed: got 1; allowed: 0, as the sweep began: only budget.trials, budget.time_limit, ",
+        ),
+        (["extend", "pydoc-lora"], 2, "--set"),
         (["rollback", "production"], 2, "nothing is promoted"),
         (["reslts"], 2, "reslts"),
         (["resume", "unknown"], 2, "no sweep 'unknown'"),
@@ -383,13 +405,86 @@ def test_cancel_ends_the_driver_and_waits_until_it_has(tmp_path):
     assert (again.exit_code, again.stderr) == (1, "tuner: nothing to cancel: 'pydoc-lora' is cancelled\n")
 
 
-def test_cancel_of_a_sweep_on_another_host_says_where_it_runs(tmp_path, monkeypatch):
-    store = make_sweep(tmp_path, TRIALS[:1], status=None)
+def test_of_a_sweep_on_another_host_with_its_records_it_is_said_where_it_runs(tmp_path, monkeypatch):
+    store = make_sweep(tmp_path, TRIALS[-1:], status=None)
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    result = tuner_command(tmp_path, "cancel", "pydoc-lora")
-    assert result.exit_code == 1
-    assert f"(pid {os.getpid()}): cancel it there" in result.stderr
+    for command in (["cancel"], ["cancel", 0], ["add", "lora.r=8"], ["extend", "--set=budget.trials=9"]):
+        result = tuner_command(tmp_path, command[0], "pydoc-lora", *command[1:])
+        assert result.exit_code == 1
+        assert f"(pid {os.getpid()}): say it there, or with --address" in result.stderr
     assert store.status().status == "running"
+
+
+@contextmanager
+def answering(store: Store, answers: dict[str, object]) -> Iterator[list[Request]]:
+    """A driver that gives the same answer to every request of a kind; yields those that it has had."""
+    had: list[Request] = []
+    over = threading.Event()
+
+    def drive() -> None:
+        while not over.wait(0.05):
+            for request in store.requests.take("cancel", "add", "extend"):
+                had.append(request)
+                answer = answers[request.kind]
+                refusal = str(answer) if isinstance(answer, Exception) else None
+                store.requests.answer(request.id, None if refusal else answer, refusal)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    try:
+        yield had
+    finally:
+        over.set()
+        driver.join()
+
+
+def test_what_is_asked_of_a_running_sweep_is_its_driver_s_to_answer(tmp_path):
+    store = make_sweep(tmp_path, status=None)
+    with answering(store, {"cancel": None, "add": 6, "extend": None}) as had:
+        cancelled = tuner_command(tmp_path, "cancel", "pydoc-lora", 5)
+        added = tuner_command(tmp_path, "add", "pydoc-lora", "lora.r=16", "train.packing=none", "lora.alpha_ratio=0.5")
+        extended = tuner_command(
+            tmp_path, "extend", "pydoc-lora", "--set", "budget.trials=9", "--set", "budget.tokens=null"
+        )
+    assert [(one.kind, one.value) for one in had] == [
+        ("cancel", 5),
+        ("add", {"lora.r": 16, "train.packing": "none", "lora.alpha_ratio": 0.5}),
+        ("extend", ["budget.trials=9", "budget.tokens=null"]),
+    ]
+    assert cancelled.stdout.splitlines() == ["trial 5 of pydoc-lora is RUNNING", "tuner show pydoc-lora 5"]
+    assert added.stdout.splitlines() == ["trial 6 of pydoc-lora will try it", "tuner status pydoc-lora"]
+    assert (extended.exit_code, extended.stdout) == (0, "tuner status pydoc-lora\n")
+
+
+def test_what_a_driver_refuses_ends_with_its_reason(tmp_path):
+    store = make_sweep(tmp_path, status=None)
+    with answering(store, {"add": TunerError("none of the 6 trials is left for it")}):
+        refused = tuner_command(tmp_path, "add", "pydoc-lora", "lora.r=16")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr == "tuner: none of the 6 trials is left for it\n"
+
+
+def test_a_trial_that_is_over_or_unknown_is_not_asked_for(tmp_path):
+    make_sweep(tmp_path, status=None)
+    over = tuner_command(tmp_path, "cancel", "pydoc-lora", 0)
+    assert (over.exit_code, over.stderr.splitlines()[-1]) == (1, "tuner: nothing to cancel: trial 0 is COMPLETED")
+    assert tuner_command(tmp_path, "cancel", "pydoc-lora", 99).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [("add", ["lora.r=16", "train.packing=none"]), ("extend", ["--set=a=1", "--set=b=2"])]
+)
+def test_a_command_for_a_cluster_is_said_there_as_it_was_said_here(command, words, monkeypatch):
+    said = []
+    monkeypatch.setattr("tuner.execution.jobs.connect", lambda *_: None)
+    monkeypatch.setattr(
+        "tuner.execution.jobs.call", lambda client, address, there, tell: (said.append(there), (0, ""))[1]
+    )
+    CliRunner().invoke(commands.app, [command, "demo", *words, "--address", "http://head:8265"])
+    (there,) = said
+    assert [word for word in there if word != "--"] == (
+        ["add", "demo", *words] if command == "add" else ["extend", *words, "demo"]
+    )
 
 
 def test_ctrl_c_while_a_sweep_runs_ends_with_130_and_the_command_to_resume(tmp_path):
