@@ -16,7 +16,7 @@ SLOWER = 20
 FIRST = 6
 """The first may take so many times `stuck_after`: weights are loaded and kernels compiled before it."""
 LOOK_S = 0.5
-"""Seconds between two looks. A process that was stopped for longer, and goes on, has not been stuck meanwhile."""
+"""Seconds between two looks. A process that could not even look was stopped, not stuck, and is given that time back."""
 PARTING_S = 60.0
 """How long a process that is stuck may take to say so."""
 STDERR = 2
@@ -88,7 +88,7 @@ class Watch:
             since = self._since
             if since is None:
                 continue
-            if now - before > 10 * LOOK_S:
+            if now - before > 4 * LOOK_S:
                 self._since = since + now - before
             elif now - since > longest_move(self._stuck_after, self._slowest):
                 self._end(now - since)
