@@ -26,6 +26,7 @@ DATA: dict[str, Any] = {
     "train_tokens": 110243,
     "dropped": {"empty": {"count": 2, "rows": [3, 9]}},
     "eval_dropped": {},
+    "fingerprints": {"data": "d1", "eval": "e1"},
 }
 NAN = float("nan")
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import ast
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tuner
+from tests.made_by_hand import make_report, make_sweep
 from tests.real_sweeps import Command, write_spec
+from tuner.errors import TunerError
+from tuner.execution.promote import promote_trial
+from tuner.execution.retention import drop_worse_adapters
+from tuner.promotion.registry import current, history, rollback, staging
+from tuner.results.store import Store
+from tuner.spec.layout import Root
 
 SOURCES = sorted(Path(tuner.__file__).parent.rglob("*.py"))
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
@@ -67,3 +76,115 @@ def test_a_secret_of_the_environment_is_written_nowhere(tiny_model_dir, tmp_path
         assert any("manifest.json" in path.name for path in written), "nothing was promoted"
         assert any("raylet" in path.name for path in written), "Ray's own logs are not among what is searched"
         assert [str(path) for path in written if secret.encode() in path.read_bytes()] == []
+
+
+# --- links that lead out of the root
+
+
+def _link_out(root: Path, place: str, outside: Path) -> None:
+    """Have a place below the root be a link to what stood there, now elsewhere."""
+    outside.parent.mkdir(parents=True, exist_ok=True)
+    (root / place).rename(outside)
+    (root / place).symlink_to(outside)
+
+
+def _content(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+SWEEP = "sweeps/pydoc-lora"
+ADAPTER = f"{SWEEP}/trials/00000/tokens-000000000750"
+ACTS: dict[str, Callable[[Root], Any]] = {
+    "open": lambda root: Store.open(root.sweep("pydoc-lora")),
+    "promote": lambda root: promote_trial(store := Store.open(root.sweep("pydoc-lora")), store.record(0)),
+    "drop": lambda root: drop_worse_adapters(Store.open(root.sweep("pydoc-lora")), 0),
+    "forget": lambda root: root.forget(root.sweep("pydoc-lora").trial_checkpoints(0)),
+    "current": lambda root: current(root, "production"),
+    "history": lambda root: history(root, "production"),
+    "rollback": lambda root: rollback(root, "production"),
+    "stage": lambda root: staging(root, "production").__enter__(),
+    "cache": lambda root: root.cache,
+    "log": lambda root: root.sweep("pydoc-lora").trial_log(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "acts"),
+    [
+        ("sweeps", "open promote drop forget log"),
+        (SWEEP, "open promote drop forget log"),
+        (f"{SWEEP}/spec.yaml", "open"),
+        (f"{SWEEP}/study.db", "open"),
+        (f"{SWEEP}/eval", "promote"),
+        (f"{SWEEP}/trials", "promote drop forget log"),
+        (f"{SWEEP}/trials/00000", "promote drop forget log"),
+        (f"{SWEEP}/trials/00000/tokens-000000000250", "drop"),
+        (f"{SWEEP}/trials/00000/trial.log", "log"),
+        (f"{SWEEP}/trials/00000/checkpoints", "forget"),
+        (ADAPTER, "promote"),
+        (f"{ADAPTER}/adapter_model.safetensors", "promote"),
+        ("models", "current history rollback stage promote"),
+        ("models/production", "current history rollback stage promote"),
+        ("models/production/v1", "current rollback"),
+        ("models/production/history.jsonl", "history"),
+        ("cache", "cache"),
+        ("cache/data", "cache"),
+        ("cache/models", "cache"),
+    ],
+)
+def test_through_a_link_out_of_the_root_nothing_is_read_written_deleted_or_promoted(place, acts, root_with_all):
+    root, outside = root_with_all, root_with_all.path.parent / "outside" / "there"
+    _link_out(root.path, place, outside)
+    before = _content(outside.parent)
+    for act in acts.split():
+        with pytest.raises(TunerError, match="a symbolic link that leads out of"):
+            ACTS[act](root)
+    assert _content(outside.parent) == before
+
+
+def test_an_alias_that_points_out_of_the_root_is_not_followed(root_with_all):
+    link = root_with_all.path / "models/production/current"
+    link.unlink()
+    link.symlink_to("/etc")
+    with pytest.raises(TunerError, match="a symbolic link that leads out of"):
+        current(root_with_all, "production")
+
+
+def test_the_root_itself_may_be_a_link(root_with_all, tmp_path):
+    (tmp_path / "link").symlink_to(root_with_all.path)
+    root = Root(tmp_path / "link")
+    assert Store.open(root.sweep("pydoc-lora")).record(0).outcome == "COMPLETED"
+    assert current(root, "production").name == "v1"  # type: ignore[union-attr]
+
+
+def test_what_a_record_calls_an_adapter_s_place_is_never_deleted_nor_promoted(root_with_all, tmp_path):
+    """Who writes to the database, or moved the root, has no say in what is removed."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    store = Store.open(root_with_all.sweep("pydoc-lora"))
+    for tokens in (250, 500, 750, 1000):
+        store.add_report(0, make_report(tokens, 2.0, adapter_path=str(precious)))
+    drop_worse_adapters(store, 0)
+    assert precious.exists()
+    assert not store.folder.adapter(0, 500).exists()
+    with pytest.raises(TunerError, match=r"no checkpoint at .*tokens-000000000500"):
+        promote_trial(store, replace(store.record(0), report=make_report(500, 2.0, adapter_path=str(precious))))
+
+
+@pytest.fixture
+def root_with_all(tmp_path: Path) -> Root:
+    """A root with everything there can be in one: a sweep with four adapters of a trial, a version, a cache."""
+    root = Root(tmp_path / "runs")
+    store = make_sweep(root.path)
+    for tokens in (250, 500, 750, 1000):
+        adapter = store.folder.adapter(0, tokens)
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_text("weights")
+    store.folder.trial_log(0).write_text("said")
+    for folder in ("models/production/v1", "cache/data", "cache/models", f"{SWEEP}/eval"):
+        (root.path / folder).mkdir(parents=True)
+        (root.path / folder / "manifest.json").write_text('{"previous": null}')
+    (store.folder.trial_checkpoints(0) / "checkpoint-1").mkdir(parents=True)
+    (root.path / "models/production/current").symlink_to("v1")
+    (root.path / "models/production/history.jsonl").write_text("")
+    return root
