@@ -88,6 +88,7 @@ def test_lora_sweeps_share_a_base(changes, tmp_path):
         ({"train": {"loss_type": "dft"}}, "train.loss_type: the joint loss is nll"),
         ({"resources": {"workers_per_trial": 2}}, "a trial has 2 workers"),
         ({"resources": {"share_base": "off"}}, "resources.share_base is off"),
+        ({"resources": {"memory_per_worker": "2GB"}}, "resources.memory_per_worker bounds each trial's own process"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

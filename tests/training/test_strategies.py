@@ -24,7 +24,7 @@ from tuner.promotion.adapter import check_adapter
 from tuner.spec.batch import share_of_batch
 from tuner.spec.checks.strategies import AUTO_ONLY, DEEPSPEED_KEYS, FSDP_KEYS, FSDP_OWNED, ZERO_KEYS
 from tuner.spec.space import resolve
-from tuner.spec.sweep import ResourcesSpec, SweepSpec
+from tuner.spec.sweep import SweepSpec
 from tuner.training.baseline import Preparation, prepare_rows, prepare_sweep
 from tuner.training.evaluation import score
 from tuner.training.memory import choose_strategy, estimate, largest_trial
@@ -188,7 +188,7 @@ def test_a_base_that_was_not_quantised_is_infeasible(bench, monkeypatch):
 
 def test_the_estimate_of_the_base_is_its_size_in_memory(tiny_model_dir, tmp_path):
     spec = spec_for(tiny_model_dir, tmp_path)
-    found = estimate(largest_trial(spec), spec.resources, tmp_path)
+    found = estimate(largest_trial(spec, tmp_path), spec.resources, tmp_path)
     weights = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     assert found.base == sum(weight.numel() * 4 for weight in weights.parameters())
     assert found.total == sum(dataclasses.asdict(found).values())
@@ -215,11 +215,11 @@ class Device:
 @pytest.mark.parametrize(
     ("gib", "quantization", "workers", "chosen"),
     [
-        (80, "none", 2, r"ddp: a worker needs 15\.\d GiB of 80 GiB$"),
-        (16, "none", 4, r"fsdp: a worker needs \d\.\d GiB of 16 GiB, 15\.\d GiB with ddp$"),
-        (4, "none", 2, r"fsdp: .* of 4 GiB, 15\.\d GiB with ddp, likely too much: use more workers, or offload$"),
-        (16, "nf4", 2, r"ddp: a worker needs 6\.\d GiB of 16 GiB$"),
-        (8, "int8", 2, r"ddp: .* of 8 GiB: too much, but int8 weights of a bfloat16 model cannot be sharded$"),
+        (80, "none", 2, r"ddp: a worker needs 15\.\d GiB of 72\.0 GiB$"),
+        (16, "none", 4, r"fsdp: a worker needs \d\.\d GiB of 14\.4 GiB, 15\.\d GiB with ddp$"),
+        (4, "none", 2, r"fsdp: .* of 3\.6 GiB, 15\.\d GiB with ddp, likely too much: use more workers, or offload$"),
+        (16, "nf4", 2, r"ddp: a worker needs 6\.\d GiB of 14\.4 GiB$"),
+        (8, "int8", 2, r"ddp: .* of 7\.2 GiB: too much, but int8 weights of a bfloat16 model cannot be sharded$"),
         (None, "none", 2, r"ddp: a worker needs 15\.\d GiB; without a GPU auto shards nothing$"),
     ],
 )
@@ -232,22 +232,9 @@ def test_auto_is_ddp_where_a_worker_fits_onto_the_device_and_fsdp_elsewhere(
         monkeypatch.setattr(Device, "total_memory", gib * 2**30)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Device)
-        monkeypatch.setattr("tuner.training.memory.sft_config", cpu_config)
     found = choose_strategy(spec, tmp_path)
     assert re.match(chosen, found.reason)
     assert found.reason.startswith(f"{found.name}:")
-
-
-def cpu_config(config: Any, folder: Path, resources: ResourcesSpec) -> Any:
-    """Of `sft_config`, what the estimate reads; the trainer's own would look for the GPU."""
-    size, _ = share_of_batch(config["train"]["per_device_train_batch_size"], 1, resources.workers_per_trial)
-
-    class Args:
-        per_device_train_batch_size = size
-        gradient_checkpointing = config["train"].get("gradient_checkpointing", True)
-        optim = "adamw_torch"
-
-    return Args
 
 
 # The settings

@@ -97,6 +97,7 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
     import torch
 
     from tuner.training.baseline import Preparation
+    from tuner.training.room import keep_to_room
     from tuner.training.trial import run_trial
 
     torch.set_num_threads(threads)
@@ -118,6 +119,7 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
     try:
         pipe.recv()
         checkpoints = folder.trial_checkpoints(config["number"])
+        keep_to_room(asked.resources)
         with watch.working():
             run_trial(asked, config, Preparation(**facts), checkpoints, emit, folder.root, watch.moved)
     except Exception as error:

@@ -124,8 +124,11 @@ class EngineActor:
 
         import tuner.training.shared.planner  # noqa: F401  # all there is to import, before threads do it piecemeal
         from tuner.training.baseline import load_base
+        from tuner.training.room import keep_to_room
 
         torch.set_num_threads(threads)
+        if not why_not_shared(self._spec):  # else it only prepares
+            keep_to_room(self._spec.resources)
         load = load and not self._is_sharded()
         self._base: Future[Any] | None = ThreadPoolExecutor(1).submit(load_base, self._spec) if load else None
         self._events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()

@@ -140,10 +140,12 @@ def train_worker(loop: dict[str, Any]) -> None:
         import torch
 
         from tuner.training.baseline import Preparation
+        from tuner.training.room import keep_to_room
         from tuner.training.trial import run_trial
 
         torch.set_num_threads(job["threads"])
         spec, number = SweepSpec.model_validate(job["spec"]), config["number"]
+        keep_to_room(spec.resources)
         watch = Watch(spec.resources.stuck_after, partial(leave_stuck, folder, [number], log))
         with watch.working():
             run_trial(

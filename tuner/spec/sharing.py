@@ -62,6 +62,8 @@ def why_not_shared(spec: SweepSpec) -> list[str]:
 def _of_all_trials(spec: SweepSpec) -> Iterator[str]:
     if spec.resources.share_base == "off":
         yield "resources.share_base is off"
+    if spec.resources.memory_per_worker is not None:
+        yield "resources.memory_per_worker bounds each trial's own process"
     if spec.lora is None:
         yield "full fine-tuning changes every weight of the base"
     if spec.resources.workers_per_trial > 1:

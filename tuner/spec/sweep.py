@@ -151,13 +151,16 @@ class ResourcesSpec(Section):
     )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and torch threads, of one worker.")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of one worker; null: one where there is one.")
+    memory_per_worker: Bytes | None = Field(
+        None, description="Most that a worker may allocate beyond its libraries; trials then share no base; null: any."
+    )
     max_concurrent_trials: int | None = Field(None, ge=1, description="At most so many at once; null: what fits.")
-
-    @property
-    def on_ray_train(self) -> bool:
     stuck_after: Seconds = Field(
         600, description="A step that takes longer, and 20 times as long as any before, ends its attempt; `10m`."
     )
+
+    @property
+    def on_ray_train(self) -> bool:
         """Whether a trial runs in workers of Ray Train: it has several, or is sharded, which even one can be."""
         return self.workers_per_trial > 1 or self.strategy not in ("auto", "ddp")
 

@@ -41,7 +41,7 @@ class WorstCase:
 def worst_case(spec: SweepSpec) -> WorstCase:
     """What this sweep takes at most. The model's config is read, from the hub if it is there."""
     budget, cache = spec.budget, Root.of(spec).cache
-    chosen, config = choose_strategy(spec, cache), largest_trial(spec)
+    chosen, config = choose_strategy(spec, cache), largest_trial(spec, cache)
     alone = estimate(config, ResourcesSpec(), cache)  # nothing sharded: what is saved is whole
     adapter = alone.trained if config["lora"] is not None else alone.base + alone.trained
     at_once = min(spec.resources.max_concurrent_trials or budget.trials, budget.trials)
