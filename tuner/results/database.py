@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
-from collections.abc import Iterator
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -19,6 +23,13 @@ _MAKES_TABLES = 0x7475_6E65_72
 """Number of the lock, among those that programs agree on in PostgreSQL."""
 BUSY_TIMEOUT_S = 60
 """How long a connection to SQLite waits for another process to finish writing."""
+AWAY_S = 300.0
+"""How long a database may be away in the middle of a sweep, as a server is that is started again."""
+_LOOK_S = 1.0
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_logger = logging.getLogger(__name__)
 
 
 def database_url(spec: SweepSpec, folder: SweepFolder, mode: str) -> sa.URL:
@@ -84,3 +95,40 @@ def engine_options(url: sa.URL, durable: bool = True) -> dict[str, Any]:
 
 def _sync_with_the_next(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def persistent(
+    call: Callable[_Arguments, _Result], again: Callable[..., _Result] | None = None
+) -> Callable[_Arguments, _Result]:
+    """The same call, made again while the database is away, or locked, for up to AWAY_S seconds; then its error.
+
+    What broke may have been the answer to a commit: `again` is called in place of a call that may not be made twice.
+    """
+
+    @functools.wraps(call)
+    def persistently(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        end, now = time.monotonic() + AWAY_S, call
+        while True:
+            try:
+                return now(*args, **kwargs)
+            except Exception as error:
+                away = _is_away(error)
+                if away is None or time.monotonic() > end:
+                    raise
+                _logger.warning("The records' database does not answer: %s", str(away.orig).splitlines()[0])
+                time.sleep(_LOOK_S)
+                now = again or call
+
+    return persistently
+
+
+def _is_away(error: Exception) -> sa.exc.DBAPIError | None:
+    """What says so, which Optuna has as the cause of an error of its own."""
+    for said in (error, error.__cause__):
+        if isinstance(said, sa.exc.OperationalError) and isinstance(said.orig, sqlite3.Error):
+            return said if said.orig.sqlite_errorname.startswith("SQLITE_BUSY") else None
+        if isinstance(said, sa.exc.OperationalError) or (
+            isinstance(said, sa.exc.DBAPIError) and said.connection_invalidated
+        ):
+            return said
+    return None

@@ -2,6 +2,8 @@
 
 Optuna's own cache reads every trial that runs again at every question, because somebody else might have written. With
 many trials at once that is most of what a driver does: see the README on scale.
+
+A write is made again where the database was away: see `persistent`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
+
+from tuner.results.database import persistent
 
 
 class HeldStorage(InMemoryStorage):
@@ -30,31 +35,44 @@ class HeldStorage(InMemoryStorage):
             super().create_new_trial(here, trial)
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self._database.set_study_system_attr(self._study, key, value)
+        persistent(self._database.set_study_system_attr)(self._study, key, value)
         super().set_study_system_attr(study_id, key, value)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        self._ids.append(self._database.create_new_trial(self._study, template_trial))
+        self._ids.append(persistent(self._database.create_new_trial, self._created)(self._study, template_trial))
         return super().create_new_trial(study_id, template_trial)
+
+    def _created(self, study_id: int, template_trial: FrozenTrial | None) -> int:
+        """The trial that a lost commit has made all the same, or a new one."""
+        for trial in self._database.get_all_trials(study_id, deepcopy=False)[len(self._ids) :]:
+            return trial._trial_id
+        return self._database.create_new_trial(study_id, template_trial)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        self._database.set_trial_param(self._ids[trial_id], param_name, param_value_internal, distribution)
+        persistent(self._database.set_trial_param)(self._ids[trial_id], param_name, param_value_internal, distribution)
         super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        self._database.set_trial_state_values(self._ids[trial_id], state, values)
+        persistent(self._database.set_trial_state_values, self._told)(self._ids[trial_id], state, values)
         return super().set_trial_state_values(trial_id, state, values)
 
+    def _told(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
+        """Tell what a lost commit may have told."""
+        try:
+            return self._database.set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:
+            return True
+
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        self._database.set_trial_intermediate_value(self._ids[trial_id], step, intermediate_value)
+        persistent(self._database.set_trial_intermediate_value)(self._ids[trial_id], step, intermediate_value)
         super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._database.set_trial_user_attr(self._ids[trial_id], key, value)
+        persistent(self._database.set_trial_user_attr)(self._ids[trial_id], key, value)
         super().set_trial_user_attr(trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._database.set_trial_system_attr(self._ids[trial_id], key, value)
+        persistent(self._database.set_trial_system_attr)(self._ids[trial_id], key, value)
         super().set_trial_system_attr(trial_id, key, value)

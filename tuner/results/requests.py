@@ -13,6 +13,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from tuner.errors import TunerError
+from tuner.results.database import persistent
 from tuner.results.record import utc_now
 from tuner.results.tables import REQUESTS
 
@@ -79,6 +80,7 @@ class Requests:
 
     # The driver
 
+    @persistent
     def take(self, *kinds: Kind) -> list[Request]:
         """The open requests of these kinds, which are this driver's now to answer."""
         query = sa.select(REQUESTS).where(self._open & REQUESTS.c.kind.in_(kinds)).order_by(REQUESTS.c.id)
@@ -91,12 +93,14 @@ class Requests:
         with self._engine.begin() as connection:
             return connection.execute(mine).rowcount == 1
 
+    @persistent
     def answer(self, id: int, answer: Any = None, refusal: str | None = None) -> None:
         """Say that it is done, and what came of it; or why it is not."""
         values = {"answered": utc_now(), "answer": answer, "refusal": refusal}
         with self._engine.begin() as connection:
             connection.execute(REQUESTS.update().where(REQUESTS.c.id == id).values(values))
 
+    @persistent
     def forget_open(self) -> None:
         """A new driver begins: what was asked of the one before is nothing to it."""
         with self._engine.begin() as connection:

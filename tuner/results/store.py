@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from tuner.errors import NotFoundError, TunerError
 from tuner.results import tables
-from tuner.results.database import connect, database_url, engine_options, one_at_a_time
+from tuner.results.database import connect, database_url, engine_options, one_at_a_time, persistent
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.results.requests import Requests
@@ -153,6 +153,7 @@ class Store:
     def _study_id(self) -> int:
         return self._storage.get_study_id_from_name(self.spec.name)
 
+    @persistent
     def start_trial(self, number: int, config: TrialConfig, goes_on: bool = False) -> None:
         """Record what a trial runs with and that it starts now.
 
@@ -195,6 +196,7 @@ class Store:
             if known.get(key) != value:  # each is a transaction
                 self._storage.set_trial_user_attr(trial_id, key, value)
 
+    @persistent
     def add_report(self, number: int, report: Report) -> None:
         """Record one evaluation. Reports come at least once: the same tokens again replace what stood there."""
         key = {"sweep": self.spec.name, "trial": number, "tokens": report.tokens}
@@ -203,6 +205,7 @@ class Store:
             connection.execute(tables.REPORTS.delete().where(same))
             connection.execute(tables.REPORTS.insert().values({**report.as_dict(), **key, "time": utc_now()}))
 
+    @persistent
     def forget_adapter(self, number: int, tokens: int) -> None:
         """Record that the adapter of one report is kept no longer."""
         table = tables.REPORTS
@@ -210,6 +213,7 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(table.update().where(this).values(adapter_path=None))
 
+    @persistent
     def reports(self, numbers: Iterable[int] | None = None) -> list[dict[str, Any]]:
         """Every report of these trials, or of all, as {trial, tokens, ..., time}, in order of trial and tokens."""
         table = tables.REPORTS
@@ -219,6 +223,7 @@ class Store:
         with self._engine.connect() as connection:
             return [tables.report_row(row) for row in connection.execute(query).mappings()]
 
+    @persistent
     def with_adapters(self) -> list[int]:
         """The trials of which an adapter is kept."""
         table = tables.REPORTS
@@ -304,6 +309,7 @@ class Store:
         """Record what was promoted, or `{"refused": [reasons]}`."""
         self._update({"promoted": finite(dict(promoted))})
 
+    @persistent
     def _update(self, values: Mapping[str, Any], condition: sa.ColumnElement[bool] | None = None) -> bool:
         """Change the sweep's row, if a condition on it holds; return whether it did."""
         mine = tables.SWEEPS.c.name == self.spec.name
@@ -311,6 +317,7 @@ class Store:
             where = mine if condition is None else mine & condition
             return connection.execute(tables.SWEEPS.update().where(where).values(values)).rowcount == 1
 
+    @persistent
     def status(self) -> SweepStatus:
         """How the sweep stands, as seen from here: a driver that is gone makes it `interrupted`."""
         with self._engine.connect() as connection:
