@@ -120,7 +120,8 @@ _NO_SPACE = (
     "No space left on device",  # the system itself, safetensors, arrow
     "Disk quota exceeded",
     "database or disk is full",  # SQLite
-    "PytorchStreamWriter failed writing",  # torch.save, which says no more
+    "PytorchStreamWriter failed writing",  # torch.save, which says no more,
+    ". unexpected pos ",  # or not even that
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from safetensors import SafetensorError
 
-from tuner.errors import DataError, InfeasibleError, TunerError
+from tuner.errors import DataError, DiskFullError, InfeasibleError, TunerError
 from tuner.execution.endings import LOG_TAIL_LINES
 from tuner.execution.trial import explain
 
@@ -28,6 +30,11 @@ def too_much_for_this_machine() -> Exception:
     return RuntimeError(str(caught.value))
 
 
+def no_room_for_a_tensor() -> Exception:
+    """As safetensors says it, which knows no errno."""
+    return SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 @pytest.mark.parametrize(
     ("failures", "outcome", "cause", "reason"),
     [
@@ -39,10 +46,21 @@ def too_much_for_this_machine() -> Exception:
         ([DataError("rows.jsonl has changed")], "FAILED", "data", "rows.jsonl has changed"),
         ([TunerError("asks for 2 workers, the trainer found 1")], "FAILED", "refused", "asks for 2 workers"),
         ([DEAD], "FAILED", "worker-lost", "The actor died unexpectedly"),
+        ([OSError(errno.ENOSPC, "No space left on device")], "FAILED", "disk", "No space left on device"),
+        ([OSError(errno.EDQUOT, "Disk quota exceeded")], "FAILED", "disk", "Disk quota exceeded"),
+        ([no_room_for_a_tensor()], "FAILED", "disk", "No space left on device"),
+        (
+            [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")],
+            "FAILED",
+            "disk",
+            "pos",
+        ),
+        ([DiskFullError("the disk of /runs is full")], "FAILED", "disk", "the disk of /runs is full"),
         ([KeyError("lomo")], "FAILED", "bug", "KeyError: 'lomo'"),
         ([AssertionError()], "FAILED", "bug", "AssertionError"),
         # of several workers, the one that caused it
         ([DISCONNECTED, torch.OutOfMemoryError("CUDA out of memory.")], "INFEASIBLE", "oom", "CUDA out of memory."),
+        ([DISCONNECTED, OSError(errno.ENOSPC, "No space left on device")], "FAILED", "disk", "No space left"),
         ([DISCONNECTED, DEAD], "FAILED", "worker-lost", "The actor died unexpectedly"),
     ],
 )

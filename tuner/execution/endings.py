@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ray.exceptions import NodeDiedError
 
-from tuner.errors import DataError, InfeasibleError, TunerError, is_out_of_memory
+from tuner.errors import DataError, InfeasibleError, TunerError, is_full_disk, is_out_of_memory
 from tuner.spec.trial import Ending
 
 LOG_TAIL_LINES = 200
@@ -20,6 +20,8 @@ def explain_failure(failure: Exception) -> Ending:
         return Ending("INFEASIBLE", failure.cause, reason)
     if is_out_of_memory(failure):
         return Ending("INFEASIBLE", "oom", reason)
+    if is_full_disk(failure):
+        return Ending("FAILED", "disk", reason)
     if isinstance(failure, DataError):
         return Ending("FAILED", "data", reason)
     if isinstance(failure, TunerError):

@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from tuner.errors import PromotionRefused, TunerError
+from tuner.errors import DiskFullError, PromotionRefused, TunerError, is_full_disk
 from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import BEGUN, Display, Silent
 from tuner.execution.logs import library_output_to
@@ -96,7 +96,15 @@ def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]
         store.set_status("interrupted")
         raise
     except Exception as error:
-        store.set_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        full = is_full_disk(error)
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if full:
+            name, root = store.spec.name, store.spec.storage.root
+            said = f"the disk of {root} is full: make space, then `tuner resume {name} --root {root}` goes on"
+        with suppress(Exception) if full else nullcontext():  # there may be no room to record even that
+            store.set_status("failed", said)
+        if full:
+            raise DiskFullError(said) from error
         raise
     finally:
         if log_output:
@@ -175,7 +183,8 @@ def _heartbeat(store: Store) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_S):
-            store.heartbeat()
+            with suppress(Exception):  # the next may pass; where none does, readers rightly take this driver for dead
+                store.heartbeat()
             for request in store.requests.take("end"):
                 os.kill(os.getpid(), signal.SIGTERM)
                 store.requests.answer(request.id)

@@ -106,7 +106,7 @@ def explain(error: TrainingFailedError, log: Path) -> Ending:
         failures = list(error.worker_failures.values())
     elif isinstance(error, ControllerError):
         failures = [error.controller_failure]
-    telling = ("oom", "diverged", "budget", "strategy", "data", "refused", "worker-lost", "bug")
+    telling = ("oom", "diverged", "budget", "strategy", "disk", "data", "refused", "worker-lost", "bug")
     endings = [explain_failure(failure) for failure in failures]
     ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
     return replace(ending, log_tail=tail(log))
@@ -158,8 +158,9 @@ def train_worker(loop: dict[str, Any]) -> None:
                 watch.moved,
             )
     except Exception:
-        traceback.print_exc()  # into the trial's log, whose tail goes into the record
-        folder.root.keep(log, stays=True)
+        with suppress(OSError):  # where the disk is full, the ending still says so
+            traceback.print_exc()  # into the trial's log, whose tail goes into the record
+            folder.root.keep(log, stays=True)
         raise
 
 

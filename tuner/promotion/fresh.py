@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import PromotionRefused, TunerError
+from tuner.errors import DiskFullError, PromotionRefused, TunerError
 from tuner.promotion.gate import Goal
 
 Progress = Callable[[str], None]
@@ -60,6 +60,7 @@ def run_fresh(job: MergeJob, working: Path, log: Path, progress: Progress) -> di
 
     Raises:
         PromotionRefused: the checkpoint is broken.
+        DiskFullError: there is too little room for the merged model.
         TunerError: the process failed; the message ends with the last lines of the log.
     """
     job_file, result_file = working / "job.json", working / "result.json"
@@ -81,4 +82,6 @@ def run_fresh(job: MergeJob, working: Path, log: Path, progress: Progress) -> di
     result = json.loads(result_file.read_text(encoding="utf-8"))
     if "refused" in result:
         raise PromotionRefused(result["refused"])
+    if "full" in result:
+        raise DiskFullError(result["full"])
     return result

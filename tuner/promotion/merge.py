@@ -23,11 +23,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tuner.errors import PromotionRefused, TunerError
+from tuner.errors import DiskFullError, PromotionRefused, TunerError
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.gate import lost_by_merging
 from tuner.promotion.samples import generate, pick_prompts, prompt_text
+from tuner.spec.layout import refuse_full_disk
 from tuner.training.evaluation import score
 from tuner.training.model import describe, load_model, load_tokenizer, pretrained_source
 from tuner.training.tokens import configure_tokenizer
@@ -45,10 +46,12 @@ def main(job_file: str, result_file: str) -> None:
     steps = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     threading.Thread(target=_end_with_parent, args=(job,), daemon=True).start()
-    try:  # a border: a refusal is a result, anything else is a failure of this process
+    try:  # a border: what speaks for itself is a result, anything else is a failure of this process
         result = run(job, lambda step: print(step, file=steps))
     except PromotionRefused as refusal:
         result = {"refused": refusal.reasons}
+    except DiskFullError as full:
+        result = {"full": str(full)}
     finally:
         _clear_if_orphaned(job)
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
@@ -71,6 +74,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
     for dtype in _dtypes(job.config):
         model = _build(job, getattr(torch, dtype), progress)
         _end_where_trained(model, tokenizer)
+        refuse_full_disk(output, model.get_memory_footprint())
         progress(f"saving in {dtype}")
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -15,7 +16,7 @@ from tuner.promotion.fresh import MergeJob, Progress, run_fresh
 from tuner.promotion.gate import decide
 from tuner.promotion.manifest import public_fields, public_spec, write_manifest
 from tuner.promotion.registry import Version, current, next_version, publish, staging
-from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.layout import Root, SweepFolder, refuse_full_disk
 from tuner.spec.sweep import GOAL_OF_METRIC, PromotionSpec, SweepSpec
 from tuner.spec.trial import Report
 
@@ -99,6 +100,7 @@ def promote(
     Raises:
         PromotionRefused: the checkpoint is broken or the gate said no; nothing is left behind.
         AliasMoved: another node promoted meanwhile, and this model was not measured against that one.
+        DiskFullError: there is too little room for the merged model.
         TunerError: the merge process failed; its last lines are in the message.
     """
     settings = spec.promotion or PromotionSpec()
@@ -106,6 +108,7 @@ def promote(
     root = Root.of(spec)
     checkpoint = _checkpoint(sweep_folder, record, report)
     base_figures, trial_figures = _figures(baseline, "untuned base"), _figures(report.as_dict(), "trial")
+    refuse_full_disk(root.models)
     with staging(root, alias) as working:
         before = current(root, alias)
         known = _known_scores(before, eval_fingerprint)
@@ -128,7 +131,8 @@ def promote(
         try:
             outcome = run_fresh(job, working, sweep_folder.promotion_log, progress)
         finally:
-            root.keep(sweep_folder.promotion_log, stays=True)
+            with suppress(FileNotFoundError):
+                root.keep(sweep_folder.promotion_log, stays=True)
         scores = Scores(
             baseline=base_figures,
             trial=trial_figures,

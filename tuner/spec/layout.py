@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,19 @@ def refuse_full_disk(folder: Path, size: int = 0) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or a folder with all that is in it, outlive a power cut."""
+    """Have a file, or a folder with all that is in it, outlive a power cut.
+
+    A file gets the permissions that its folder has, which the umask gave: libraries make theirs for the owner alone.
+    """
     for one in (*path.rglob("*"), path, path.parent):
-        opened = os.open(one, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+        with suppress(FileNotFoundError):  # another worker's draft
+            opened = os.open(one, os.O_RDONLY)
+            try:
+                if one.is_file():
+                    os.fchmod(opened, one.parent.stat().st_mode & 0o666)
+                os.fsync(opened)
+            finally:
+                os.close(opened)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tuner.errors import InfeasibleError
 from tuner.spec.batch import batch_of_one, share_of_batch
-from tuner.spec.layout import Root
+from tuner.spec.layout import Root, refuse_full_disk
 from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
@@ -294,7 +294,10 @@ class ReportAtMilestones(TrainerCallback):
         memory = largest_of_workers(report.peak_memory_bytes, args.device)
         self._report = replace(report, peak_memory_bytes=memory)
         more = state.global_step < self._trial.plan.max_steps
-        if self._root is not None and more and can_go_on(args) and report.is_finite():
+        saves = self._root is not None and more and can_go_on(args) and report.is_finite()
+        trained = sum(weights.nbytes for weights in model.parameters() if weights.requires_grad)
+        refuse_full_disk(Path(args.output_dir), trained * (4 if saves else 1))  # Adam's state is twice the adapter
+        if saves:
             control.should_save = True  # which the trainer does next
         else:
             self._tell(model)

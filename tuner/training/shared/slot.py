@@ -20,6 +20,7 @@ from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers import Trainer
 
 from tuner.errors import NotShareable
+from tuner.spec.layout import refuse_full_disk
 from tuner.spec.trial import Report
 from tuner.training.budget import batches_of_epoch
 from tuner.training.evaluation import Score
@@ -143,6 +144,7 @@ class Slot:
         tree: Any = self._trainer.model
 
         def write(folder: Path, state: Path) -> None:
+            refuse_full_disk(folder, sum(one.nbytes for one in tensors.values()) + tensors["weights"].nbytes)
             self._adapter.write_back(tensors["weights"])
             tree.save_pretrained(folder)
             new = state.with_suffix(".new")
