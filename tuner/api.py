@@ -245,7 +245,7 @@ class Sweep:
         best = best_trial(records, self.spec.objective, state.tokens_per_trial)
         return {
             "status": state.status,
-            "trials": sum(record.outcome != "RUNNING" for record in records),
+            "trials": sum(record.is_over for record in records),
             "asked": self.spec.budget.trials,
             "best": best[0].number if best else None,
             "score": getattr(best[1], metric) if best else None,

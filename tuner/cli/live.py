@@ -112,7 +112,8 @@ class Lines:
         self.spec = spec
 
     def sweep_finished(self, records: Sequence[TrialRecord], best: TrialRecord | None) -> None:
-        self._say(f"{len(records)} trials are over; " + (f"the best is {best.number}" if best else "none is best"))
+        over = sum(record.started is not None for record in records)
+        self._say(f"{over} trials are over; " + (f"the best is {best.number}" if best else "none is best"))
 
     def _say(self, text: str) -> None:
         self.console.print(f"[{duration(time.monotonic() - self.begun)}] {text}", markup=False, soft_wrap=True)
@@ -178,7 +179,7 @@ class LiveTable:
         return Group(self._stage_line(), *body, *self._caption(records, len(shown), dropped))
 
     def _stage_line(self) -> Table:
-        over = sum(record.outcome != "RUNNING" for record in self._trials.values())
+        over = sum(record.is_over for record in self._trials.values())
         amount = f"{over} of {self._spec.budget.trials} trials over" if self._trials else ""
         bar: ProgressBar | str = ""
         if self._progress:

@@ -163,9 +163,9 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
 def status_document(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> dict[str, Any]:
     """What `tuner status NAME --json` prints.
 
-    sweep, status, message; `trials`: how many by outcome, of `asked`; `objective`, the `best` trial's number and its
-    `score`; `baseline`, `sharing` and `promoted` as objects; elapsed_s; started, heartbeat, finished (ISO 8601, UTC);
-    pid and host of the driver; tokens_per_trial.
+    sweep, status, message; `trials`: how many by outcome, of `asked`, and how many points `not tried`; `objective`, the
+    `best` trial's number and its `score`; `baseline`, `sharing` and `promoted` as objects; elapsed_s; started,
+    heartbeat, finished (ISO 8601, UTC); pid and host of the driver; tokens_per_trial.
     """
     best = best_trial(records, spec.objective, status.tokens_per_trial)
     return finite(

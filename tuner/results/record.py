@@ -53,7 +53,13 @@ class TrialRecord:
     tried: tuple[Attempt, ...] = ()
     """Attempts that failed before the last one."""
     started: datetime | None = None
+    """None of a trial that was not: its point was known to be infeasible, and it is none of the budget's trials."""
     finished: datetime | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is one of the budget's trials that nobody has to run any more."""
+        return self.outcome != "RUNNING" and self.started is not None
 
     @property
     def eval_loss(self) -> float | None:
@@ -101,9 +107,9 @@ class TrialRecord:
 
 
 def outcome_counts(records: Iterable[TrialRecord]) -> dict[str, int]:
-    """Trials by outcome, in a fixed order, without the outcomes that none has."""
-    outcomes = [record.outcome for record in records]
-    order = ("COMPLETED", "STOPPED", "RUNNING", "INFEASIBLE", "FAILED")
+    """Trials by outcome, in a fixed order, without the outcomes that none has; those `not tried` apart."""
+    outcomes = [record.outcome if record.is_over or record.outcome == "RUNNING" else "not tried" for record in records]
+    order = ("COMPLETED", "STOPPED", "RUNNING", "INFEASIBLE", "FAILED", "not tried")
     return {outcome: outcomes.count(outcome) for outcome in order if outcome in outcomes}
 
 

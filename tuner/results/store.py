@@ -176,6 +176,11 @@ class Store:
         """Record the attempts of a trial that have failed so far, before another begins."""
         self._set_attributes(number, tried=[asdict(attempt) for attempt in tried])
 
+    def pass_over_trial(self, number: int, config: TrialConfig, cause: str | None, reason: str | None) -> None:
+        """Record a trial that never starts, its point being known to be infeasible. Call before Optuna is told."""
+        ended = {"cause": cause, "reason": reason, "finished": utc_now().isoformat()}
+        self._set_attributes(number, config=config, outcome="INFEASIBLE", **ended)
+
     def finish_trial(
         self,
         number: int,

@@ -136,7 +136,7 @@ def record(trial: FrozenTrial, reports: list[Report], best_of: Callable[[list[Re
         reason=known.get("reason"),
         log_tail=known.get("log_tail"),
         tried=tuple(attempts(known)),
-        started=_time(known.get("started"), trial.datetime_start),
+        started=_time(known.get("started"), None if known.get("outcome") else trial.datetime_start),
         finished=_time(known.get("finished"), trial.datetime_complete),
     )
 

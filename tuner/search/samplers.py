@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.trial import TrialState
 
 from tuner.spec.space import Choice, Int, LogUniform, Uniform
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.trial import BaseTrial
 
     from tuner.spec.space import Distribution
     from tuner.spec.sweep import SearchSpec, StoppingSpec, SweepSpec
@@ -45,6 +47,13 @@ class _AskedGridSampler(optuna.samplers.GridSampler):
     def after_trial(self, *args: Any) -> None:
         pass
 
+    def is_exhausted(self, study: optuna.Study) -> bool:
+        """Whether every point has been asked for, those of running trials as well, and no enqueued one waits."""
+        trials = study.get_trials(deepcopy=False)
+        waits = any(trial.state == TrialState.WAITING for trial in trials)
+        asked = {trial.system_attrs["grid_id"] for trial in trials if "grid_id" in trial.system_attrs}
+        return len(asked) == self._n_min_trials and not waits
+
 
 def grid_values(distribution: Distribution) -> list[Any]:
     """Every value of a finite distribution; `tuner check` has refused infinite ones."""
@@ -59,7 +68,7 @@ def grid_values(distribution: Distribution) -> list[Any]:
     raise ValueError(f"{distribution} is not finite")
 
 
-def suggest(trial: optuna.Trial, key: str, distribution: Distribution) -> Any:
+def suggest(trial: BaseTrial, key: str, distribution: Distribution) -> Any:
     """Ask Optuna for one value; a quantised log-uniform is rounded here, which Optuna has no form for."""
     match distribution:
         case Choice():

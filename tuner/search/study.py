@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.samplers import GridSampler
 from optuna.trial import TrialState
 
 from tuner.errors import TunerError
@@ -15,10 +16,18 @@ from tuner.spec.space import in_order, is_active, resolve
 from tuner.spec.trial import NO_IMPROVEMENT, Ending, Report, TrialConfig, milestones
 
 if TYPE_CHECKING:
+    from optuna.trial import BaseTrial, FrozenTrial
+
     from tuner.spec.sweep import SweepSpec
 
 _FEASIBILITY = "infeasible"
-"""Name of the one constraint: 1 for a point that could not be trained, 0 for every other."""
+"""Name of the one constraint: 1 for a point that could not be trained, 2 for one that was not even tried, else 0."""
+_NOT_TRIED = 2.0
+
+AT_RANDOM_AFTER = 10
+"""So many proposals in a row that are known to be impossible, and points are drawn at random until one is not."""
+MOST_IN_VAIN = 100
+"""So many in a row, and the search is over: at random, a space of which a thirtieth is possible would have shown it."""
 
 FAR_ABOVE = 2.0
 """A trial whose eval_loss is so many times the untuned base's has diverged, finite as it may be."""
@@ -26,7 +35,12 @@ FAR_ABOVE = 2.0
 
 def remaining_trials(spec: SweepSpec, study: optuna.Study) -> int:
     """How many trials are still to be run, or to be run again."""
-    return spec.budget.trials - sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    return spec.budget.trials - sum(trial.state.is_finished() and _violation(trial) != _NOT_TRIED for trial in trials)
+
+
+def _violation(trial: FrozenTrial) -> float:
+    return trial.constraints.get(_FEASIBILITY, 0.0)
 
 
 class Search:
@@ -37,17 +51,41 @@ class Search:
     and violate a constraint, so that samplers learn to keep away; only failures, which say nothing about the point, are
     FAIL.
 
-    Trials that an earlier run left unfinished are proposed again first, under their own numbers.
+    Trials that an earlier run left unfinished are proposed again first, under their own numbers. A point that is known
+    to be impossible, or has been infeasible before, is not tried: it is infeasible at once, and no trial of the budget.
     """
 
-    def __init__(self, spec: SweepSpec, study: optuna.Study, tokens_per_trial: int, baseline_loss: float):
-        """`baseline_loss` is the untuned base's eval_loss; a trial far above it has diverged."""
+    def __init__(
+        self,
+        spec: SweepSpec,
+        study: optuna.Study,
+        tokens_per_trial: int,
+        baseline_loss: float,
+        why_impossible: Callable[[TrialConfig], str | None] = lambda config: None,
+        not_tried: Callable[[TrialConfig, Ending], None] = lambda config, ending: None,
+    ):
+        """`baseline_loss` is the untuned base's eval_loss; a trial far above it has diverged.
+
+        `why_impossible` says of a point why no worker has the memory for it. `not_tried` is told of each that is not
+        tried, before Optuna is.
+        """
         self._spec = spec
+        self._why_impossible, self._not_tried = why_impossible, not_tried
         self._hopeless = FAR_ABOVE * baseline_loss
         self._study = study
         self._budget = tokens_per_trial
         trials = study.get_trials(deepcopy=False)
-        study.sampler = make_sampler(spec.search, spec.space, told=len(trials))
+        self._sampler = make_sampler(spec.search, spec.space, told=len(trials))
+        study.sampler = self._sampler
+        self._at_random = optuna.samplers.RandomSampler(spec.search.seed + len(trials) + 1)
+        self._in_vain = 0
+        """Proposals since the last that was tried."""
+        self._infeasible = {
+            frozenset(self._point(trial).items()): (trial.number, trial.user_attrs.get("cause"))
+            for trial in trials
+            if trial.state.is_finished() and _violation(trial) not in (0.0, _NOT_TRIED)
+        }
+        """Points that turned out to be, with the trial and its cause."""
         study.pruner = make_pruner(spec, milestones(tokens_per_trial, spec.budget.evals_per_trial))
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         self._unfinished = [optuna.Trial(study, trial._trial_id) for trial in running]
@@ -61,19 +99,65 @@ class Search:
                 study.enqueue_trial(point)
         self.remaining = remaining_trials(spec, study)
         """How many trials are still to be asked for."""
+        self.over: str | None = None
+        """Why there are no more, where the budget is not the reason."""
 
     def ask(self) -> TrialConfig | None:
-        """The next trial, or None when the budget of trials is used up."""
-        if self.remaining <= 0:
-            return None
-        self.remaining -= 1
+        """The next trial; None when the budget of trials is used up, or the search is `over` before."""
+        while self.remaining > 0 and not self._is_over():
+            trial, point = self._propose()
+            self._trials[trial.number] = trial
+            config = resolve(self._spec, trial.number, point)
+            began = "started" in trial.user_attrs  # in an earlier run, says the store: then it goes on
+            known = None if began else self._what_is_known(config)
+            if known is None:
+                self._in_vain = 0
+                self.remaining -= 1
+                return config
+            self._in_vain += 1
+            self._not_tried(config, known)
+            self.tell(trial.number, known, tried=False)
+        return None
+
+    def _propose(self) -> tuple[optuna.Trial, dict[str, Any]]:
+        """An unfinished trial or a new one, and its point.
+
+        Where the sampler only proposes what is known to be impossible, from which not every sampler learns, it is drawn
+        at random; but a grid has all its points.
+        """
+        is_grid = isinstance(self._sampler, GridSampler)
+        self._study.sampler = self._sampler if is_grid or self._in_vain < AT_RANDOM_AFTER else self._at_random
         trial = self._unfinished.pop(0) if self._unfinished else self._study.ask()
-        point: dict[str, object] = {}
-        for key in in_order(self._spec.space):  # a trial asked before gets the values it was given then
+        point = self._point(trial)
+        self._study.sampler = self._sampler
+        return trial, point
+
+    def _point(self, trial: BaseTrial) -> dict[str, Any]:
+        """The values of a trial; one asked before has those it was given then."""
+        point: dict[str, Any] = {}
+        for key in in_order(self._spec.space):
             if is_active(self._spec.space[key], point):
                 point[key] = suggest(trial, key, self._spec.space[key])
-        self._trials[trial.number] = trial
-        return resolve(self._spec, trial.number, point)
+        return point
+
+    def _what_is_known(self, config: TrialConfig) -> Ending | None:
+        """How a point would end, if that is known."""
+        if before := self._infeasible.get(frozenset(config["point"].items())):
+            number, cause = before
+            return Ending("INFEASIBLE", cause, f"trial {number} had this point and was infeasible: not tried again")
+        if why := self._why_impossible(config):
+            return Ending("INFEASIBLE", "oom", f"{why}: not tried")
+        return None
+
+    def _is_over(self) -> bool:
+        if isinstance(self._sampler, GridSampler):
+            if not self._unfinished and self._sampler.is_exhausted(self._study):
+                self.over = "every point of the grid has been proposed"
+        elif self._in_vain >= MOST_IN_VAIN:
+            self.over = f"the last {MOST_IN_VAIN} points proposed are all known to be impossible"
+        if self.over:
+            self.remaining = 0
+        return self.over is not None
 
     def add(self, point: Mapping[str, Any]) -> int:
         """Have a point of the space tried next, keys it lacks suggested, as one of the trials to be asked for.
@@ -93,6 +177,7 @@ class Search:
     def extend(self, spec: SweepSpec) -> None:
         """Go on with more trials, of a spec that differs in nothing else that a search looks at."""
         self.remaining += spec.budget.trials - self._spec.budget.trials
+        self.over, self._in_vain = None, 0
         self._spec = spec
 
     def report(self, number: int, report: Report) -> bool:
@@ -143,10 +228,12 @@ class Search:
             return decided
         return failure or Ending("FAILED", "worker-lost", "the trial's process ended without a word")
 
-    def tell(self, number: int, ending: Ending) -> None:
+    def tell(self, number: int, ending: Ending, tried: bool = True) -> None:
         """Record the end of a trial in Optuna; nothing about the trial can change afterwards."""
-        trial = self._trials.pop(number)
-        trial.set_constraint(_FEASIBILITY, float(ending.outcome == "INFEASIBLE"))
+        trial, infeasible = self._trials.pop(number), ending.outcome == "INFEASIBLE"
+        trial.set_constraint(_FEASIBILITY, float(infeasible) if tried else _NOT_TRIED)
+        if infeasible and tried:
+            self._infeasible[frozenset(self._point(trial).items())] = number, ending.cause
         match ending.outcome:
             case "COMPLETED":
                 self._study.tell(trial, self._best(self._values[number].values()))
