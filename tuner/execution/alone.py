@@ -142,17 +142,20 @@ class Worker:
         self._spec = SweepSpec.model_validate(spec)
         self._threads = threads
         self._next = TrialAlone(self._spec, threads)
-        self._trial: TrialAlone | None = None
+        self._trials: dict[int, TrialAlone] = {}
+        """The one that is here, by its number."""
 
     def advance(self, config: TrialConfig, facts: dict[str, Any], until_tokens: int) -> Report | Ending:
         """As of an engine: the trial's report at a milestone, or how it ended; the first call begins it."""
-        if self._trial is None:
-            self._trial, self._next = self._next, TrialAlone(self._spec, self._threads)
-            self._trial.begin(config, facts)
-        return self._trial.advance(until_tokens)
+        trial = self._trials.get(config["number"])
+        if trial is None:
+            trial, self._next = self._next, TrialAlone(self._spec, self._threads)
+            trial.begin(config, facts)
+            self._trials[config["number"]] = trial
+        return trial.advance(until_tokens)
 
     def detach(self, number: int) -> None:
-        """End the trial."""
-        if self._trial is not None:
-            self._trial.close()
-            self._trial = None
+        """End the trial, whatever it is doing."""
+        if trial := self._trials.get(number):
+            trial.close()
+            self._trials.pop(number, None)

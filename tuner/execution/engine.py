@@ -57,7 +57,8 @@ class Engines:
         return ray.get(self.actors[0].plan.remote(facts, len(self.actors)))
 
     def more(self, there: list[Any]) -> list[Any]:
-        """Engines started now, for GPUs or nodes that have none."""
+        """Engines started now, for GPUs or nodes that have none; `there` are those that have not ended."""
+        self.actors = [*there]
         started = self._more()
         self.actors += started
         return started
@@ -81,7 +82,7 @@ def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False)
     """
     shares = not why_not_shared(spec)
     gpus = placement.resources.get("GPU", 0)
-    nodes: set[str] = set()
+    nodes: dict[str, Any] = {}
 
     def start(threads: int, node: str | None = None) -> Any:
         actor: Any = ray.remote(EngineActor).options(
@@ -97,9 +98,11 @@ def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False)
     def more() -> list[Any]:
         if gpus:
             return [start(placement.threads) for _ in range(len(engines.actors), placement.wanted(live_nodes()))]
-        found = {node: cores for node, cores in cores_of_nodes(placement).items() if node not in nodes}
-        nodes.update(found)
-        return [start(cores, node) for node, cores in found.items()]
+        served = {node for node, actor in nodes.items() if actor in engines.actors}
+        found = {node: cores for node, cores in cores_of_nodes(placement).items() if node not in served}
+        started = {node: start(cores, node) for node, cores in found.items()}
+        nodes.update(started)
+        return list(started.values())
 
     engines = Engines([], more) if shares else Engines([start(placement.threads)])
     if shares and not engines.more([]):
@@ -132,7 +135,7 @@ class EngineActor:
         load = load and not self._is_sharded()
         self._base: Future[Any] | None = ThreadPoolExecutor(1).submit(load_base, self._spec) if load else None
         self._events: SimpleQueue[tuple[str, int, int]] = SimpleQueue()
-        self._making = threading.Lock()
+        self._making, self._ending = threading.Lock(), threading.Lock()
         self._engine: Engine | None = None
         self._attached: set[int] = set()
         self._apart: dict[int, TrialAlone] = {}
@@ -226,13 +229,14 @@ class EngineActor:
 
     @ray.method(max_task_retries=0)
     def detach(self, number: int) -> None:
-        """End the trial, whatever it is doing."""
-        if number in self._attached:
-            assert self._engine is not None
-            self._attached.remove(number)
-            self._engine.detach(number)
-        if number in self._apart:
-            self._apart.pop(number).close()
+        """End the trial, whatever it is doing. Afterwards nothing of it is left, by whatever call it was ended."""
+        with self._ending:
+            if number in self._attached:
+                assert self._engine is not None
+                self._attached.remove(number)
+                self._engine.detach(number)
+            if number in self._apart:
+                self._apart.pop(number).close()
 
     def _attached_to(self, config: TrialConfig, facts: dict[str, Any]) -> Engine:
         engine, number = self._serving(facts), config["number"]

@@ -48,17 +48,23 @@ def search_on_tune(store: Store, trials: Trials, job: dict[str, Any], placement:
         groups.ended(number)
         trials.ended(number)
 
+    def look() -> None:
+        waiting.note(groups.any_placed)
+        for number in trials.steer():
+            scheduler.stop(number)
+
+    scheduler = StudyScheduler(take)
     tune.Tuner(
         tune.with_resources(tune.with_parameters(dedicated_trial, job=job), coordinator),
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(ask, ended, groups.room),
-            scheduler=StudyScheduler(take),
+            scheduler=scheduler,
             num_samples=-1,  # until there is no other trial to ask for
         ),
         run_config=tune.RunConfig(
             name=f"run-{time.time_ns()}",  # a name used before would silently resume that run
             storage_path=str(store.folder.ray),
-            stop=_TuneStopper(trials.halt, lambda: waiting.note(groups.any_placed)),
+            stop=_TuneStopper(trials.halt, look),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # adapters are saved by the trials
             verbose=0,
         ),

@@ -52,8 +52,8 @@ class Places:
         turn_s: float = math.inf,
     ):
         self._seats, self._more, self._turn_s = seats, more, turn_s
-        self._most = seats * len(actors) if most is None else most
-        self._trials: dict[Any, int] = {}
+        self._limit = self._most = seats * len(actors) if most is None else most
+        self._trials: dict[Any, set[int]] = {}
         self._until: dict[Any, float] = {}
         self._coming: dict[ray.ObjectRef, Any] = {}
         self._never_up = 0
@@ -69,7 +69,7 @@ class Places:
     @property
     def taken(self) -> int:
         """How many trials are in places."""
-        return sum(self._trials.values())
+        return sum(map(len, self._trials.values()))
 
     @property
     def at_once(self) -> int:
@@ -79,18 +79,22 @@ class Places:
     def free(self) -> bool:
         """Whether there is a place for one more trial."""
         self._welcome()
-        return self.taken < self._most and any(self._trials[actor] < self._seats for actor in self._until)
+        return self.taken < self._most and any(len(self._trials[actor]) < self._seats for actor in self._until)
 
-    def take(self) -> Any:
-        """The actor with the fewest trials, which now has one more. Only where a place is free."""
-        actor = min(self._until, key=self._trials.__getitem__)
-        self._trials[actor] += 1
+    def take(self, number: int) -> Any:
+        """The actor with the fewest trials, which now has this one, too. Only where a place is free."""
+        actor = min(self._until, key=lambda actor: len(self._trials[actor]))
+        self._trials[actor].add(number)
         return actor
 
-    def leave(self, actor: Any) -> None:
+    def holding(self, number: int) -> list[Any]:
+        """The actor that has this trial, if any."""
+        return [actor for actor, trials in self._trials.items() if number in trials]
+
+    def leave(self, actor: Any, number: int) -> None:
         """A trial is over."""
         if actor in self._trials:
-            self._trials[actor] -= 1
+            self._trials[actor].remove(number)
             if not self._trials[actor] and time.monotonic() > self._until.get(actor, math.inf):
                 self._end(actor)
                 self._look = 0.0
@@ -100,10 +104,10 @@ class Places:
         if self._until.pop(actor, None):
             self._expect(actor)
 
-    def end_idle(self) -> None:
-        """No trial will need another place than those that are taken."""
-        self._most = self.taken
-        for actor in [actor for actor, trials in self._trials.items() if not trials]:
+    def keep(self, trials: int) -> None:
+        """So many trials, as far as is known, are still to have a place; where there are none, what is empty ends."""
+        self._most = min(self._limit, self.taken + trials)
+        for actor in [actor for actor, there in self._trials.items() if not trials and not there]:
             self._end(actor)
 
     def close(self) -> None:
@@ -120,7 +124,7 @@ class Places:
             except RayActorError as error:
                 self._end(actor)
                 self._count(explain_failure(error))
-        if self.at_once < self._most and time.monotonic() > self._look:
+        if self.at_once < self._most and self._never_up <= MOST_STARTS and time.monotonic() > self._look:
             self._look = time.monotonic() + LOOK_S
             for actor in self._more(list(self._trials)):
                 self._expect(actor)
@@ -132,7 +136,7 @@ class Places:
             raise TunerError(f"no process for trials stays alive: {end.reason}")
 
     def _expect(self, actor: Any) -> None:
-        self._trials.setdefault(actor, 0)
+        self._trials.setdefault(actor, set())
         self._coming[actor.__ray_ready__.remote()] = actor
 
     def _end(self, actor: Any) -> None:
@@ -146,7 +150,9 @@ class Places:
 def start_workers(spec: SweepSpec, placement: Placement) -> Iterator[Places]:
     """An actor for each trial that may run at once, with the resources of its one worker; more when nodes join."""
     actor: Any = ray.remote(Worker).options(
-        num_cpus=placement.resources["CPU"], num_gpus=placement.resources.get("GPU", 0)
+        num_cpus=placement.resources["CPU"],
+        num_gpus=placement.resources.get("GPU", 0),
+        max_concurrency=2,  # a trial may be ended while a call waits for its next evaluation
     )
 
     def more(there: list[Any]) -> list[Any]:
@@ -167,13 +173,15 @@ def run_in_places(trials: Trials, places: Places, facts: dict[str, Any], ahead: 
     """
     running: dict[ray.ObjectRef, Iterator[ray.ObjectRef]] = {}
     while not trials.halt.stop_all():
+        for number in trials.steer():
+            for actor in places.holding(number):
+                actor.detach.remote(number)  # so that the call that its life waits for comes back
+        places.keep(trials.remaining)
         while trials.remaining and places.free() and (config := trials.ask()):
             life = _life(trials, places, config, facts, ahead)
             running[next(life)] = life
-        if not trials.remaining:
-            places.end_idle()
-            if not running:
-                return
+        if not (trials.remaining or running):
+            return
         waiting.note(placed=bool(running))
         done, _ = ray.wait([*running, *places.coming], timeout=PATIENCE_S)
         for call in done:
@@ -189,12 +197,15 @@ def _life(
     trials: Trials, places: Places, config: TrialConfig, facts: dict[str, Any], ahead: list[int]
 ) -> Iterator[ray.ObjectRef]:
     """One attempt of a trial, from evaluation to evaluation; yields every call that it waits for."""
-    number, actor = config["number"], places.take()
+    number = config["number"]
+    actor = places.take(number)
     for until_tokens in ahead:
         if until_tokens <= trials.reached(number):
             continue  # it goes on from an evaluation further on
         call = actor.advance.remote(config, facts, until_tokens)
         yield call
+        if trials.is_cancelled(number):
+            break
         try:
             came_to: Report | Ending = ray.get(call)
         except RayError as error:
@@ -206,5 +217,5 @@ def _life(
         if trials.reported(number, came_to):
             break
     yield actor.detach.remote(number)
-    places.leave(actor)
+    places.leave(actor, number)
     trials.ended(number)

@@ -33,7 +33,10 @@ class Steering:
         """The request that each cancelled trial answers with its end."""
 
     def look(self, running: Collection[int]) -> list[int]:
-        """Do what has been asked since the last look; returns those of the running trials that are to end now."""
+        """Do what has been asked since the last look; returns those of the running trials that are to end.
+
+        They are named at every look, until they have ended: the first may come too early, to one that just begins.
+        """
         if time.monotonic() < self._look:
             return []
         self._look = time.monotonic() + LOOK_S
@@ -41,7 +44,13 @@ class Steering:
             requests = self._store.requests.take("cancel", "add", "extend")
         except sa.exc.OperationalError:  # a border: a database that restarts is asked again at the next look
             return []
-        return [request.value for request in requests if self._do(request, running)]
+        for request in requests:
+            self._do(request, running)
+        return list(self._cancelled)
+
+    def is_cancelled(self, number: int) -> bool:
+        """Whether a running trial is to end."""
+        return number in self._cancelled
 
     def ended(self, number: int) -> None:
         """A trial is recorded: who had it cancelled may know."""
@@ -55,14 +64,13 @@ class Steering:
                 request, f"the trials of {self._store.spec.name!r} are over: resume it with more of its budget"
             )
 
-    def _do(self, request: Request, running: Collection[int]) -> bool:
-        """Whether a trial is to end for it, which is the answer then."""
+    def _do(self, request: Request, running: Collection[int]) -> None:
         answer = None
         try:
             match request.kind:
                 case "cancel":
                     self._cancel(request, running)
-                    return True
+                    return  # its end is the answer
                 case "add":
                     answer = self._add(request.value)
                 case "extend":
@@ -71,7 +79,6 @@ class Steering:
             self._refuse(request, str(refusal))
         else:
             self._store.requests.answer(request.id, answer)
-        return False
 
     def _refuse(self, request: Request, why: str) -> None:
         self._store.requests.answer(request.id, refusal=why)

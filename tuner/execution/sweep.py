@@ -185,9 +185,9 @@ def _heartbeat(store: Store) -> Iterator[None]:
         while not over.wait(HEARTBEAT_S):
             with suppress(Exception):  # the next may pass; where none does, readers rightly take this driver for dead
                 store.heartbeat()
-            for request in store.requests.take("end"):
-                os.kill(os.getpid(), signal.SIGTERM)
-                store.requests.answer(request.id)
+                for request in store.requests.take("end"):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    store.requests.answer(request.id)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

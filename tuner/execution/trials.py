@@ -11,6 +11,7 @@ from tuner.execution.halt import Halt
 from tuner.execution.last_words import in_its_own_words
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.execution.retries import as_changed, failed_attempt
+from tuner.execution.steering import Steering
 from tuner.results.store import Store
 from tuner.search.study import Search
 from tuner.spec.trial import Ending, Report, TrialConfig
@@ -23,6 +24,7 @@ class Trials:
         self.halt = Halt(store, display)
         store.hold_study()
         self._search = Search(store.spec, store.study, facts["tokens_per_trial"], facts["baseline"]["eval_loss"])
+        self._steering = Steering(store, self._search, display)
         self._store = store
         self._display = display
         self._running: dict[int, TrialConfig] = {}
@@ -60,6 +62,18 @@ class Trials:
             self._display.trial_started(number, config["point"])
         return config
 
+    def steer(self) -> list[int]:
+        """Do what has been asked of the sweep since the last look; returns those in places that are to end now."""
+        cancelled = self._steering.look(self._running)
+        for config in [config for config in self._again if config["number"] in cancelled]:
+            self._again.remove(config)
+            self.ended(config["number"])
+        return [number for number in cancelled if number in self._running]
+
+    def is_cancelled(self, number: int) -> bool:
+        """Whether a running trial is to end, whatever it comes to."""
+        return self._steering.is_cancelled(number)
+
     def reached(self, number: int) -> int:
         """The milestone up to which this process has heard of a running trial."""
         return self._reached[number]
@@ -96,6 +110,7 @@ class Trials:
         folder.root.forget(folder.trial_checkpoints(number))
         self._over.append(number)
         self._kept = keep_best_adapters(self._store, self._kept | {number})
+        self._steering.ended(number)
         self._display.trial_finished(self._store.record(number))
 
     def _with_log(self, number: int, ending: Ending) -> Ending:
@@ -123,6 +138,7 @@ class Trials:
         """Those that were running when all were told to stop, of which nobody has said more."""
         for number in sorted(self._running):
             self.ended(number)
+        self._steering.close()
         folder = self._store.folder
         for number in self._over:  # workers under Ray Train live on for some seconds, and may have come to a checkpoint
             folder.root.forget(folder.trial_checkpoints(number))

@@ -46,11 +46,20 @@ class StudySearcher(NeverPickled, Searcher):
 
 
 class StudyScheduler(NeverPickled, FIFOScheduler):
-    """Stops a trial when `take`, given its number and a result, returns True."""
+    """Stops a trial when `take`, given its number and a result, returns True; or when it is told to."""
 
     def __init__(self, take: Callable[[int, dict[str, Any]], bool]):
         super().__init__()
         self._take = take
+        self._trials: dict[int, tuple[Any, Any]] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._trials[trial.config["number"]] = tune_controller, trial
+
+    def stop(self, number: int) -> None:
+        """End a trial, whatever it is doing. Between two callbacks of Tune's only."""
+        tune_controller, trial = self._trials[number]
+        tune_controller.stop_trial(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         stop = self._take(trial.config["number"], result)

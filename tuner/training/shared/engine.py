@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 
+from tuner.errors import TunerError
 from tuner.spec.fields import checkpoints_activations
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
@@ -111,6 +112,7 @@ class Engine:
         tenancy.lane.between_turns(tenancy.leave)  # no turn has it any more, and none will save it again
         for work in self._work.pop(number):
             work.result()
+        tenancy.ended(TunerError(f"trial {number} is detached"))  # for who still waits in `advance`
 
     def score_base(self) -> Score:
         """The base without any adapter, on the sweep's evaluation set."""
