@@ -84,6 +84,14 @@ def writes(process: psutil.Process, file: Path) -> bool:
         return False
 
 
+def _title(process: psutil.Process) -> str:
+    """What it is called by `ps`; nothing when it is gone."""
+    try:
+        return " ".join(process.cmdline()).rstrip()
+    except psutil.Error:
+        return ""
+
+
 class Command:
     """A `tuner` command in a terminal of its own: what it says, what it starts, and what is left of that."""
 
@@ -125,8 +133,7 @@ class Command:
     def kill_actor(self, name: str) -> None:
         """Kill the one process of a Ray actor of this class, as the kernel would when memory runs out."""
         living = [process for process in list(self._family.values()) if process.is_running()]
-        titles = {process: " ".join(process.cmdline()) for process in living}
-        (victim,) = [process for process, title in titles.items() if title.startswith(f"ray::{name}")]
+        (victim,) = [process for process in living if _title(process).startswith(f"ray::{name}")]
         victim.kill()
 
     def kill_writer(self, log: Path) -> None:
@@ -146,6 +153,19 @@ class Command:
         _, left = psutil.wait_procs(list(self._family.values()), timeout=15)
         assert not left, f"still there: {[process.cmdline() for process in left]}"
         return code
+
+    def kill_driver(self) -> list[psutil.Process]:
+        """Kill the command alone: all that it has started must end by itself, in 15 seconds.
+
+        Returns what may take a minute: Ray's agents of a node, which look that long for a cluster that died while they
+        were coming up.
+        """
+        self.process.kill()
+        self.process.wait(10)
+        agents = [process for process in self._family.values() if "agent" in _title(process).lower()]
+        _, left = psutil.wait_procs([one for one in self._family.values() if one not in agents], timeout=15)
+        assert not left, f"still there: {[_title(process) for process in left]}"
+        return agents
 
     def kill(self) -> None:
         """End it and whatever it has started, by process id."""

@@ -378,13 +378,17 @@ def test_the_last_use_of_a_tokenizer_changes_nothing(prepare_rows: Prepare, toke
     assert prepare_rows(texts(5), {}).train == first.train
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no record"])
+@pytest.mark.parametrize("damage", ["truncated", "a bit turned", "missing", "no record"])
 def test_a_damaged_entry_is_made_anew(damage: str, prepare_rows: Prepare) -> None:
     whole = prepare_rows(texts(20), {})
     content = load(whole.train).to_dict()
     file = next(whole.train.glob("*.arrow"))
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "a bit turned":
+        turned = bytearray(file.read_bytes())
+        turned[-500] ^= 1
+        file.write_bytes(turned)
     elif damage == "missing":
         file.unlink()
     else:

@@ -149,6 +149,18 @@ def test_a_checkpoint_that_is_not_whole_is_not_gone_on_from(trial_of):
     assert difference(again.run(evals=1), [before]) == 0
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "adapter_model.safetensors", "report.json"])
+def test_a_checkpoint_that_was_damaged_is_not_gone_on_from_but_replaced(file, trial_of, capfd):
+    again = trial_of()
+    (before,) = again.run(evals=1)
+    damaged = again.checkpoints / f"checkpoint-{before.step}" / file
+    damaged.write_bytes(damaged.read_bytes()[:-1] if file != "report.json" else b"{")
+    assert difference(again.run(evals=1), [before]) == 0
+    assert f"is damaged ({file}): the trial begins again" in capfd.readouterr().out
+    assert again.run(evals=2)[0].tokens == before.tokens
+    assert "begins again" not in capfd.readouterr().out
+
+
 def test_a_trial_whose_root_is_an_object_store_goes_on_on_another_node(trial_of, s3_root):
     again = trial_of()
     again.root = Root.at(s3_root)

@@ -257,6 +257,22 @@ def test_a_slot_goes_on_from_what_its_engine_left_behind(sweep, alone):
     assert max(differences(alone[1], reports).values()) < 1e-5
 
 
+def test_a_slot_whose_state_was_cut_short_begins_again(sweep, alone, capsys):
+    config, ahead = configs_for(sweep.spec)[1], milestones(TOKENS, EVALS)
+    first = sweep.engine()
+    first.attach(config)
+    first.advance(1, ahead[0])
+    left = sweep.state(1).read_bytes()
+    first.close()
+    sweep.state(1).write_bytes(left[: len(left) // 2])
+    second = sweep.engine()
+    second.attach(config)
+    report = second.advance(1, ahead[0])
+    second.close()
+    assert "state.safetensors is damaged" in capsys.readouterr().out
+    assert max(differences(alone[1][:1], [report]).values()) < 1e-5
+
+
 def test_what_does_not_fit_together_is_computed_apart_and_costs_no_trial(sweep, alone, engine, monkeypatch):
     """Memory runs out after the gradients were added, in the middle of an accumulation, and again and again."""
     joint, sizes = engine.lanes[0].joint, []

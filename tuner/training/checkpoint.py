@@ -1,7 +1,8 @@
 """What a trial of its own goes on from when it was cut off: its trainer's checkpoint at its last evaluation.
 
 The trainer writes optimizer, schedule, position in the data, random numbers and adapter, each worker its part. The
-report of that evaluation is put beside them last: a checkpoint without one is not whole, and nobody looks at it.
+report of that evaluation is put beside them last, with what the files are: a checkpoint without one, or with other
+files, is not whole, and nobody goes on from it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from tuner.spec.layout import CHECKPOINT_REPORT, Root
 from tuner.spec.trial import Report
+from tuner.training.cache import checksums
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
@@ -43,7 +45,16 @@ def newest_checkpoint(folder: Path, root: Root) -> Checkpoint | None:
     if not whole:
         return None
     newest = root.fetch(folder / max(whole, key=lambda name: int(name.rpartition("-")[2])))
-    return Checkpoint(newest, Report.from_dict(json.loads((newest / CHECKPOINT_REPORT).read_text(encoding="utf-8"))))
+    try:  # a border: somebody else's hand or a disk may have been at it since
+        written = json.loads((newest / CHECKPOINT_REPORT).read_text(encoding="utf-8"))
+        there = checksums(newest)
+        damaged = [name for name, checksum in written["files"].items() if there.get(name) != checksum]
+    except (ValueError, KeyError):
+        damaged = [CHECKPOINT_REPORT]
+    if damaged:
+        print(f"{newest} is damaged ({', '.join(damaged)}): the trial begins again", flush=True)
+        return None
+    return Checkpoint(newest, Report.from_dict(written))
 
 
 def complete_checkpoint(trainer: SFTTrainer, report: Report, root: Root) -> None:
@@ -58,8 +69,9 @@ def complete_checkpoint(trainer: SFTTrainer, report: Report, root: Root) -> None
         dist.barrier()
     if not trainer.is_world_process_zero():
         return
+    files = {name: checksum for name, checksum in checksums(new).items() if name != CHECKPOINT_REPORT}  # of one before
     draft = new / f"{CHECKPOINT_REPORT}.new"
-    draft.write_text(json.dumps(report.as_dict()), encoding="utf-8")
+    draft.write_text(json.dumps({**report.as_dict(), "files": files}), encoding="utf-8")
     root.keep(draft.replace(new / CHECKPOINT_REPORT), stays=True)
     for name in _checkpoints(folder, root):
         if name != new.name:

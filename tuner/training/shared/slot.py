@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from transformers import Trainer
@@ -58,7 +59,10 @@ class Slot:
         self.report: Report | None = None
         """The newest."""
         if state is not None and state.exists():
-            self._restore(state)
+            try:  # a border: somebody else's hand or a disk may have been at it since
+                self._restore(state)
+            except SafetensorError as damage:
+                print(f"{state} is damaged ({damage}): the trial begins again", flush=True)
         self._reporter = Reporter(trial.plan, self.report)
         self._epoch = 0.0
         self._loss = 0.0
@@ -156,10 +160,11 @@ class Slot:
     def _restore(self, file: Path) -> None:
         weights = self._adapter.weights
         with safe_open(file, "pt", device=str(weights.device)) as state:
+            names = [name for name in state.keys() if name.startswith("optimizer.")]  # noqa: SIM118
+            known = {name.removeprefix("optimizer."): state.get_tensor(name) for name in names}
             with torch.no_grad():
                 weights.copy_(state.get_tensor("weights"))
-            names = [name for name in state.keys() if name.startswith("optimizer.")]  # noqa: SIM118
-            self._optimizer.state[weights] = {name.removeprefix("optimizer."): state.get_tensor(name) for name in names}
+            self._optimizer.state[weights] = known
             self.report = Report.from_dict(json.loads(state.metadata()["report"]))
         self._adapter.use_weights()
         self.step = self.report.step
