@@ -22,8 +22,6 @@ LONGEST_S = 20.0
 
 @pytest.mark.parametrize(("share", "seed"), [(2, 1), ("off", 2)])
 def test_a_driver_killed_at_random_moments_loses_nothing(tiny_model_dir, tmp_path, start, note, share, seed):
-    tiny_model_dir, tmp_path, start, note, share, seed
-):
     """Whenever the sweep is finished before it was killed often enough, two more trials are asked for."""
     rng, name, root = random.Random(seed), "killed", tmp_path / "runs"
     budget = {"trials": 4, "tokens_per_trial": 12_000, "evals_per_trial": 4}
