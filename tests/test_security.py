@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 
 import tuner
-from tests.made_by_hand import make_report, make_sweep
+from tests.made_by_hand import Bomb, make_report, make_sweep
 from tests.real_sweeps import Command, write_spec
 from tuner.errors import TunerError
 from tuner.execution.promote import promote_trial
@@ -20,6 +24,8 @@ from tuner.execution.retention import drop_worse_adapters
 from tuner.promotion.registry import current, history, rollback, staging
 from tuner.results.store import Store
 from tuner.spec.layout import Root
+from tuner.spec.sweep import ModelSpec
+from tuner.training.model import load_model, load_tokenizer
 
 SOURCES = sorted(Path(tuner.__file__).parent.rglob("*.py"))
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
@@ -188,3 +194,46 @@ def root_with_all(tmp_path: Path) -> Root:
     (root.path / "models/production/current").symlink_to("v1")
     (root.path / "models/production/history.jsonl").write_text("")
     return root
+
+
+# --- pickles and code that come with a model
+
+
+def _plant(folder: Path, mark: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+
+
+@pytest.mark.parametrize("planted", ["weights", "weights and their index", "an index of safetensors", "in disguise"])
+def test_weights_that_are_a_pickle_are_refused_before_anything_is_read(planted, tiny_model_dir, tmp_path):
+    folder, mark = Path(shutil.copytree(tiny_model_dir, tmp_path / "base")), tmp_path / "mark"
+    (folder / "model.safetensors").unlink()
+    _plant(folder, mark, "pytorch_model.bin", *(["model.safetensors"] if planted == "in disguise" else []))
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}}
+    if planted == "weights and their index":
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    if planted == "an index of safetensors":
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "other.safetensors").write_bytes(b"")
+    said = "cannot be loaded" if planted == "in disguise" else "pickles are never read"
+    with pytest.raises(TunerError, match=said):
+        load_model(ModelSpec(name=str(folder)).model_dump(), tmp_path)
+    assert not mark.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert mark.exists(), "it was no bomb"
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_code_that_comes_with_a_model_is_not_run_unless_the_spec_says_so(load, tiny_model_dir, tmp_path):
+    folder, mark = Path(shutil.copytree(tiny_model_dir, tmp_path / "base")), tmp_path / "mark"
+    (folder / "theirs.py").write_text(f"import os; os.mkdir({str(mark)!r})")
+    for name, kinds in (("config.json", ["AutoConfig", "AutoModelForCausalLM"]), ("tokenizer_config.json", [])):
+        config = json.loads((folder / name).read_text()) | {"model_type": "theirs", "tokenizer_class": "Theirs"}
+        theirs = dict.fromkeys(kinds, "theirs.Theirs") | {"AutoTokenizer": ["theirs.Theirs", None]}
+        (folder / name).write_text(json.dumps(config | {"auto_map": theirs}))
+    with pytest.raises(TunerError, match="contains custom code"):
+        load(ModelSpec(name=str(folder)).model_dump(), tmp_path)
+    assert not mark.exists()
+    with suppress(TunerError, AttributeError):
+        load(ModelSpec(name=str(folder), trust_remote_code=True).model_dump(), tmp_path)
+    assert mark.exists()

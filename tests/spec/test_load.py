@@ -136,7 +136,8 @@ def test_paths_start_from_the_file_and_the_storage_from_the_current_folder(good,
 
 def test_a_folder_with_a_model_is_a_path_and_a_hub_id_is_left_alone(good, tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
-    (tmp_path / "org" / "model" / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "org" / "model" / name).write_text("{}")
     assert load_spec(good).model.name == str(tmp_path / "org" / "model")
     assert load_spec(good, ["model.name=Qwen/Qwen2.5-0.5B"]).model.name == "Qwen/Qwen2.5-0.5B"
 

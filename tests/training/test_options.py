@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from test_shared import Sweep, configs_for, together
 from test_trial import spec_for
 from transformers import AutoModelForCausalLM
 
+from tests.made_by_hand import Bomb
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
@@ -159,6 +162,20 @@ def test_a_checkpoint_that_was_damaged_is_not_gone_on_from_but_replaced(file, tr
     assert f"is damaged ({file}): the trial begins again" in capfd.readouterr().out
     assert again.run(evals=2)[0].tokens == before.tokens
     assert "begins again" not in capfd.readouterr().out
+
+
+def test_a_pickle_in_a_checkpoint_runs_nothing(trial_of, tmp_path):
+    again, mark = trial_of(), tmp_path / "mark"
+    (report,) = again.run(evals=1)
+    checkpoint = again.checkpoints / f"checkpoint-{report.step}"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"):
+        file = checkpoint / name
+        before = file.read_bytes() if file.exists() else None
+        file.write_bytes(pickle.dumps(Bomb(mark)))
+        with suppress(pickle.UnpicklingError):
+            again.run(evals=1)
+        assert not mark.exists(), name
+        file.write_bytes(before) if before else file.unlink()
 
 
 def test_a_trial_whose_root_is_an_object_store_goes_on_on_another_node(trial_of, s3_root):

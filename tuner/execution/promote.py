@@ -29,6 +29,7 @@ def promote_trial(
             record,  # type: ignore[arg-type]
             record.report,
             status.baseline,
+            base=status.data["base"],
             eval_rows=store.folder.root.fetch(store.folder.eval_rows),
             eval_fingerprint=status.data["fingerprints"]["eval"],
             data_fingerprint=status.data["fingerprints"]["data"],

@@ -45,6 +45,8 @@ class MergeJob:
     """What the merged model's `metric` is held against."""
     max_regression: float
     """Where it is worse by a larger share than this, the model is merged and saved in float32 instead."""
+    base: dict[str, str]
+    """What `identify` said of the base when the sweep began."""
     incumbent: str | None
     """Folder of the promoted model, where it has to be measured on this evaluation set."""
     samples: int

@@ -30,7 +30,8 @@ from tuner.promotion.gate import lost_by_merging
 from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.spec.layout import refuse_full_disk
 from tuner.training.evaluation import score
-from tuner.training.model import describe, load_model, load_tokenizer, pretrained_source
+from tuner.training.identity import changes_of_base, identify
+from tuner.training.model import load_model, load_tokenizer, pretrained_source
 from tuner.training.tokens import configure_tokenizer
 
 if TYPE_CHECKING:
@@ -169,15 +170,16 @@ def _check(job: MergeJob, progress: Progress) -> tuple[dict[str, Any], dict[str,
     """Facts of the checkpoint and of its base, from configs and files: no model is loaded yet."""
     progress("checking the checkpoint")
     model = job.config["model"]
+    identity = identify(model)
+    if changes := changes_of_base(model, identity, job.base):
+        raise PromotionRefused(changes)
     source, options = pretrained_source(model, Path(job.cache))
     config = AutoConfig.from_pretrained(source, **options)
     if job.config["lora"] is None:
         facts = check_full_model(Path(job.checkpoint), config)
     else:
         facts = check_adapter(Path(job.checkpoint), config, source, model["trust_remote_code"])
-    commit = getattr(config, "_commit_hash", None)
-    identity = {"commit": commit} if commit else describe(model, Path(job.cache))
-    return facts, {**identity, "name": model["name"], "revision": model["revision"]}
+    return facts, {"name": model["name"], "revision": model["revision"], "identity": identity}
 
 
 def _build(job: MergeJob, dtype: torch.dtype, progress: Progress) -> PreTrainedModel:
@@ -213,7 +215,8 @@ def _measure_incumbent(
         return None, []
     progress("measuring what is promoted now")
     folder = Path(job.incumbent)
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+    trusted = job.config["model"]["trust_remote_code"]
+    if AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted).get_vocab() != tokenizer.get_vocab():
         return None, [
             f"{folder.parent.name} {folder.name} has another tokenizer: its loss per token cannot be compared"
         ]

@@ -75,6 +75,7 @@ def promote(
     report: Report,
     baseline: Mapping[str, Any],
     *,
+    base: Mapping[str, str],
     eval_rows: Path,
     eval_fingerprint: str,
     data_fingerprint: str,
@@ -89,6 +90,7 @@ def promote(
     Args:
         report: the evaluation to promote: its tokens and scores.
         baseline: scores of the untuned base, by metric.
+        base: what `identify` said of it when the sweep began; another one is refused.
         eval_rows: folder of the tokenised evaluation set.
         eval_fingerprint: identifies `eval_rows`; a promoted model measured on other rows is measured again on these.
         alias: instead of the spec's.
@@ -124,6 +126,7 @@ def promote(
             goal=spec.objective.goal,
             trial_score=trial_figures[spec.objective.metric],
             max_regression=settings.max_regression,
+            base=dict(base),
             incumbent=str(root.fetch(before.path)) if before is not None and known is None else None,
             samples=SAMPLES,
             parent=os.getpid(),

@@ -10,7 +10,7 @@ from tuner.errors import Problem
 from tuner.spec.checks.clashes import check_clashes
 from tuner.spec.checks.data import check_data
 from tuner.spec.checks.fields import check_fields
-from tuner.spec.checks.needs import check_needs
+from tuner.spec.checks.needs import check_foreign_code, check_needs
 from tuner.spec.checks.paths import check_paths, check_storage, make_absolute
 from tuner.spec.checks.plan import check_plan
 from tuner.spec.checks.shape import check_shape
@@ -54,6 +54,7 @@ CHECKS = (
     check_clashes,
     check_strategy,
     check_needs,
+    check_foreign_code,
 )
 """Each takes a spec of the right shape and returns what is wrong with it."""
 OF_THIS_MACHINE = (check_paths, check_needs)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import load_from_disk
 
-from tuner.errors import DataError, Problem, SpecError
+from tuner.errors import DataError, Problem, SpecError, TunerError
 from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
 from tuner.training.evaluation import Score, score
+from tuner.training.identity import changes_of_base, identify
 from tuner.training.model import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Preparation:
 
     tokens_per_trial: int
     data: dict[str, Any]
-    """`Prepared.summary`."""
+    """`Prepared.summary`, and as `base` what `identify` says of it."""
     baseline: dict[str, float]
     """`eval_loss` and `mean_token_accuracy` of the base before any training."""
     lanes: int = 1
@@ -62,17 +63,21 @@ def prepare_sweep(
 ) -> Preparation:
     """Tokenise, convert the budget to tokens, and score the base. The sweep keeps its own copy of the eval set.
 
-    Of a sweep that goes on, `known` is what was found at its start; it is returned if the data are still the same.
+    Of a sweep that goes on, `known` is what was found at its start; it is returned if data and base are still the same.
     Without `measure` the base is loaded for this alone.
     """
     root = Root.of(spec)
     progress("Loading the tokenizer", 0, 0)
-    tokenizer = load_tokenizer(spec.model.model_dump(), root.cache)
+    model = spec.model.model_dump()
+    tokenizer = load_tokenizer(model, root.cache)
     prepared = prepare_rows(spec, spec.train, tokenizer, progress)
     if known is not None:
         refuse_changed_data(spec, prepared, known)
+        if changes := changes_of_base(model, identify(model), known.data["base"]):
+            raise TunerError(changes[0])
         return known
-    sweep = Preparation(tokens_per_trial(spec, prepared.summary), prepared.summary, {})
+    summary = prepared.summary | {"base": identify(model)}
+    sweep = Preparation(tokens_per_trial(spec, summary), summary, {})
     eval_rows = SweepFolder.of(spec).eval_rows
     shutil.copytree(prepared.eval, eval_rows, dirs_exist_ok=True)
     root.keep(eval_rows)

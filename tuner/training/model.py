@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
-import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from tuner.errors import TunerError
 from tuner.training.cache import make_once
+from tuner.training.identity import place_of_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGE_SCHEME = "package:"
+_PICKLE = re.compile(rb'\.(bin|pt|pth|pkl)"')
 
 
 def load_model(
@@ -31,25 +32,49 @@ def load_model(
     """Load the base as `ModelSpec` says: dtype, quantization, attention. Weights come from safetensors only.
 
     Without a device, whoever shards the model among workers moves its parts. `quant_storage` is what four-bit weights
-    pretend to be made of.
+    pretend to be made of. Raises TunerError for a base that cannot be had so.
     """
     source, options = pretrained_source(model, cache)
     if model["attn_implementation"]:
         options["attn_implementation"] = model["attn_implementation"]
-    return AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=getattr(torch, model["dtype"]),
-        quantization_config=quantization_config(model, quant_storage),
-        device_map=None if device is None else {"": device},
-        use_safetensors=True,
-        **options,
-    )
+    if Path(source).is_dir():
+        _refuse_pickles(Path(source))
+    try:  # a border: of the files of others anything may be wrong
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, model["dtype"]),
+            quantization_config=quantization_config(model, quant_storage),
+            device_map=None if device is None else {"": device},
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _cannot_be_loaded(model, error) from error
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Raise TunerError for weights that are not in safetensors, and for an index that leads to others."""
+    index = folder / "model.safetensors.index.json"
+    misled = index.is_file() and _PICKLE.search(index.read_bytes())
+    if misled or not any(folder.glob("*.safetensors")):
+        raise TunerError(f"model.name: {folder} does not have its weights in safetensors; pickles are never read")
+
+
+def _cannot_be_loaded(model: dict[str, Any], error: Exception) -> TunerError:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return TunerError(f"model.name: {model['name']} cannot be loaded: {said}")
 
 
 def load_tokenizer(model: dict[str, Any], cache: Path) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer, chat template included; read once in a process, and a copy for each who asks."""
+    """The base's own tokenizer, chat template included; read once in a process, and a copy for each who asks.
+
+    Raises TunerError where there is none.
+    """
     source, options = pretrained_source(model, cache)
-    return copy.deepcopy(_read_tokenizer(source, **options))
+    try:  # a border, as above
+        return copy.deepcopy(_read_tokenizer(source, **options))
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_be_loaded(model, error) from error
 
 
 @lru_cache
@@ -74,22 +99,12 @@ def quantization_config(model: dict[str, Any], quant_storage: torch.dtype = torc
 
 def pretrained_source(model: dict[str, Any], cache: Path) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is called with: a folder or hub id, and the options that go with it."""
-    name = model["name"]
-    if name.startswith(PACKAGE_SCHEME):
-        name = str(package_folder(name.removeprefix(PACKAGE_SCHEME)))
+    name = place_of_base(model["name"])
     if model["gguf_file"]:
         return str(_converted_gguf(name, model, cache)), {}
     if Path(name).is_dir():
         return name, {"trust_remote_code": model["trust_remote_code"]}
     return name, {"revision": model["revision"], "trust_remote_code": model["trust_remote_code"]}
-
-
-def package_folder(package: str) -> Path:
-    """Folder of an installed Python package, without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise TunerError(f"model.name: the Python package {package!r} is not installed")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _converted_gguf(folder: str, model: dict[str, Any], cache: Path) -> Path:
@@ -109,27 +124,16 @@ def _digest(file: Path, modified_ns: int) -> Any:
 
 
 def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model["gguf_file"])
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model["gguf_file"], trust_remote_code=False)
     weights = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=model["gguf_file"],
         dtype=getattr(torch, model["dtype"]),
         quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     # The loader still calls the model GGUF-quantised in its config, though its weights are plain now.
     weights.config.__dict__.pop("quantization_config", None)
     weights.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return {"gguf_file": model["gguf_file"]}
-
-
-def describe(model: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """What identifies the base beyond its name: the hub commit, or a hash of the weights' file names and sizes."""
-    source, _ = pretrained_source(model, cache)
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import HfApi
-
-        return {"name": model["name"], "commit": HfApi().model_info(source, revision=model["revision"]).sha}
-    files = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
-    return {"name": model["name"], "files": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}

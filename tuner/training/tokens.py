@@ -70,7 +70,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         return
     try:
-        source = AutoTokenizer.from_pretrained(path)
+        source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer.chat_template = source.get_chat_template()
     except (OSError, ValueError) as error:
         raise DataError(f"train.chat_template_path: {path}: {error}") from error

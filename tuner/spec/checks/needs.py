@@ -76,6 +76,16 @@ def _needed(spec: SweepSpec) -> Iterator[tuple[str, Any, list[str]]]:
         yield "train.use_liger_kernel", True, ["liger_kernel"]
 
 
+def check_foreign_code(spec: SweepSpec) -> list[Problem]:
+    """Find an attention that is code to be taken from the hub, where none is trusted."""
+    allowed = "one of transformers' own; code from the hub only beside model.trust_remote_code: true"
+    return [
+        Problem(place_of(spec, "model.attn_implementation"), show(value), allowed)
+        for value in possible_values(spec, "model.attn_implementation")
+        if "/" in str(value) and not spec.model.trust_remote_code
+    ]
+
+
 def why_gpu(spec: SweepSpec) -> list[str]:
     """Options that workers without a GPU cannot follow, or would silently leave out; empty for most specs."""
     paged = [value for value in possible_values(spec, "train.optim") if str(value).startswith("paged_")]

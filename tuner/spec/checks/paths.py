@@ -104,7 +104,7 @@ def _check_model(model: ModelSpec) -> list[Problem]:
         return []
     if model.gguf_file is None:
         if (folder / "config.json").is_file():
-            return []
+            return [] if any(folder.glob("*.safetensors")) else [_no_safetensors(model)]
         files = sorted(file.name for file in folder.glob("*.gguf"))
         if files:
             return [Problem("model.gguf_file", "nothing", f"{any_of(files)}, since {folder.name} has no config.json")]
@@ -114,6 +114,10 @@ def _check_model(model: ModelSpec) -> list[Problem]:
     files = sorted(file.name for file in folder.glob("*.gguf"))
     allowed = any_of(files) if files else "a file in the model's folder, which holds no GGUF file"
     return [Problem("model.gguf_file", show(model.gguf_file), allowed, nearest(model.gguf_file, files))]
+
+
+def _no_safetensors(model: ModelSpec) -> Problem:
+    return Problem("model.name", show(model.name), "a folder with weights in safetensors: pickles are never read")
 
 
 def _check_installed(storage: StorageSpec) -> list[Problem]:
