@@ -26,6 +26,7 @@ from tuner.search.study import remaining_trials
 from tuner.spec.changes import with_more_budget
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
+from tuner.training.identity import with_commit
 
 HEARTBEAT_S = 15.0
 
@@ -36,6 +37,7 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     With `log_output`, everything the libraries print goes to the sweep's log meanwhile.
     """
     Store.refuse_existing(spec)
+    spec = with_commit(spec)
     display = display or Silent()
     display.stage("Starting Ray")
     with ray_cluster(dashboard=spec.resources.on_ray_train) as nodes:
