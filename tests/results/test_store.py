@@ -9,8 +9,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import optuna
@@ -18,6 +19,7 @@ import pytest
 from made_by_hand import BUDGET, TRIALS, Made, add_trial, make_report, make_spec, make_sweep
 
 from tuner.errors import NotFoundError, SpecError, TunerError
+from tuner.results import record as record_module
 from tuner.results import store as store_module
 from tuner.results.record import utc_now
 from tuner.results.store import Store, sweep_names
@@ -138,18 +140,53 @@ def test_a_sweep_keeps_its_status_its_baseline_and_what_was_promoted(tmp_path):
 
 def test_the_time_between_an_interruption_and_a_resume_does_not_count(tmp_path):
     store = make_sweep(tmp_path, TRIALS[:1], status=None)
-    now = utc_now()
-    hour = timedelta(hours=1)
-    store._update({"resumed": now - 9 * hour, "driven_s": 600.0})
+    store._began -= 600  # ten minutes ago
     store.set_status("interrupted")
-    store._update({"finished": now - 8 * hour})
-    assert store.status().elapsed_s == pytest.approx(3600 + 600, abs=1)
+    assert store.status().elapsed_s == pytest.approx(600, abs=10)
+    store._update({"finished": utc_now() - timedelta(hours=8)})
     store.set_status("preparing")
     store.set_status("running")
-    assert store.status().elapsed_s == pytest.approx(3600 + 600, abs=10)
-    store._update({"resumed": now - hour, "heartbeat": now - hour / 2})  # and this driver has vanished
+    assert store.status().elapsed_s == pytest.approx(600, abs=10)
+    store._began -= 1800
+    store.heartbeat()
+    store._update({"heartbeat": utc_now() - timedelta(hours=1)})  # and this driver has vanished
     assert store.status().status == "interrupted"
-    assert store.status().elapsed_s == pytest.approx(3600 + 600 + 1800, abs=10)
+    assert store.status().elapsed_s == pytest.approx(600 + 1800, abs=10)
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_jumps_lets_no_second_driver_in_and_lasts_no_time(tmp_path, monkeypatch, hours):
+    store = make_sweep(tmp_path, [Made([2.9, 2.7], "RUNNING")], status=None)
+    store._update({"host": "elsewhere"})  # here, the kernel would shift the births of processes as well
+
+    def clock() -> datetime:
+        return datetime.now(UTC) + timedelta(hours=hours)
+
+    monkeypatch.setattr(store_module, "utc_now", clock)
+    monkeypatch.setattr(record_module, "utc_now", clock)
+    monkeypatch.setattr(store_module, "BEAT_S", 1.0)
+    rival = Store.open(store.folder)
+    seen = rival.status()
+    assert seen.status == "interrupted"  # until it beats again
+    assert 0 <= seen.elapsed_s < 10
+    beat = threading.Timer(0.3, store.heartbeat)
+    beat.start()
+    with pytest.raises(TunerError, match="is running already"):
+        rival.take_over(seen)
+    beat.join()
+    assert store.status().status == "running"
+    assert 0 <= store.status().elapsed_s < 10
+    store.finish_trial(0, "COMPLETED")
+    assert store.record(0).duration_s >= store.record(0).reports[-1].duration_s
+
+
+def test_a_driver_whose_process_is_gone_is_not_waited_for_and_one_elsewhere_is(tmp_path):
+    store = make_sweep(tmp_path, TRIALS[:1], status=None)
+    dead = replace(store.status(), heartbeat=utc_now() - timedelta(hours=1))
+    assert not store_module.may_live(replace(dead, pid=2**22 + 1))
+    assert not store_module.may_live(replace(dead, finished=utc_now()))
+    assert store_module.may_live(replace(dead, pid=2**22 + 1, host="elsewhere"))
+    assert store_module.may_live(dead)
 
 
 @pytest.mark.sqlite

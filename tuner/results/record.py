@@ -90,9 +90,10 @@ class TrialRecord:
     @property
     def duration_s(self) -> float | None:
         """Wall seconds from start to end; of a trial that still runs, to its last report."""
-        if self.started and self.finished:
-            return (self.finished - self.started).total_seconds()
-        return self.reports[-1].duration_s if self.reports else None
+        reported = self.reports[-1].duration_s if self.reports else None
+        if self.started and self.finished:  # by a clock that may have been set back meanwhile; a worker's never is
+            return max((self.finished - self.started).total_seconds(), reported or 0.0)
+        return reported
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -126,12 +127,10 @@ class SweepStatus:
     host: str | None = None
     """Where the driver runs, or ran last."""
     started: datetime | None = None
-    resumed: datetime | None = None
-    """When the present driver, or the last one, took over."""
     heartbeat: datetime | None = None
     finished: datetime | None = None
     driven_s: float = 0.0
-    """Seconds that earlier drivers were at work."""
+    """Seconds that drivers were at work, by their monotonic clocks, up to the last heartbeat or the end."""
     tokens_per_trial: int | None = None
     """The full budget; None until the data is prepared."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -147,7 +146,6 @@ class SweepStatus:
 
         A driver that vanished counts until its last sign of life.
         """
-        if self.resumed is None:
+        if self.status not in ACTIVE or self.heartbeat is None:
             return self.driven_s
-        end = utc_now() if self.status in ACTIVE else self.finished or self.heartbeat or self.resumed
-        return self.driven_s + (end - self.resumed).total_seconds()
+        return self.driven_s + max((utc_now() - self.heartbeat).total_seconds(), 0.0)

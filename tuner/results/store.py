@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     import optuna
 
 STALE_AFTER_S = 60.0
-"""A driver that has shown no sign of life for so long is taken for dead. It beats at least every 20 seconds."""
+"""A driver whose last sign of life is so long ago is taken for dead."""
+BEAT_S = 20.0
+"""A driver gives one at least so often."""
 
 
 class Store:
@@ -48,6 +51,8 @@ class Store:
         self.folder = folder
         self._url = url
         self._engine = connect(url)
+        self._began: float | None = None
+        """Of the driver: when it would have begun, by its monotonic clock, had the sweep never been without one."""
         self.requests = Requests(self._engine, spec.name)
 
     @classmethod
@@ -269,18 +274,25 @@ class Store:
         """Record where the sweep stands. Who sets `preparing` or `running` becomes its driver."""
         values: dict[str, Any] = {"status": status, "message": message}
         if status in ACTIVE:
-            values |= _driven_from_here(self.status())
+            if self._began is None:
+                self._began = time.monotonic() - self.status().elapsed_s
+            values |= self._driven_from_here()
         elif status != "queued":
-            values["finished"] = utc_now()
+            values |= {"finished": utc_now(), **self._driven()}
+            self._began = None
         self._update(values)
 
     def take_over(self, seen: SweepStatus) -> None:
         """Become the driver of a sweep that has none; of several who have seen it so, one does.
 
-        Raises `TunerError` when there is a driver.
+        One that is only taken for dead is given the time to show that it lives. Raises `TunerError` when there is a
+        driver.
         """
+        if seen.status not in ACTIVE and may_live(seen):
+            time.sleep(BEAT_S)
+        self._began = time.monotonic() - seen.elapsed_s
         unchanged = tables.SWEEPS.c.heartbeat.is_not_distinct_from(seen.heartbeat)
-        values = {"status": "preparing", "message": None, **_driven_from_here(seen)}
+        values = {"status": "preparing", "message": None, **self._driven_from_here()}
         if seen.status in ACTIVE or not self._update(values, unchanged):
             raise TunerError(f"sweep {self.spec.name!r} is running already")
         self.requests.forget_open()
@@ -299,8 +311,18 @@ class Store:
         self._update({"message": message})
 
     def heartbeat(self) -> None:
-        """Say that the driver lives; expected every 20 seconds or oftener."""
-        self._update({"heartbeat": utc_now()})
+        """Say that the driver lives; expected every `BEAT_S` or oftener."""
+        self._update({"heartbeat": utc_now(), **self._driven()})
+
+    def _driven(self) -> dict[str, float]:
+        """How long drivers have been at work, when this process is one. No clock that is set counts."""
+        return {} if self._began is None else {"driven_s": time.monotonic() - self._began}
+
+    def _driven_from_here(self) -> dict[str, Any]:
+        """What to record of a sweep that this process drives from now on."""
+        now = utc_now()
+        values = {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": now, "finished": None}
+        return {**values, "started": sa.func.coalesce(tables.SWEEPS.c.started, now), **self._driven()}
 
     def set_prepared(self, tokens_per_trial: int, data_summary: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
         values = {"data": finite(dict(data_summary)), "baseline": finite(dict(baseline))}
@@ -334,25 +356,28 @@ class Store:
         return status if status.status not in ACTIVE or driver_lives(status) else tables.interrupted(status)
 
 
-def _driven_from_here(before: SweepStatus) -> dict[str, Any]:
-    """What to record of a sweep that this process drives from now on."""
-    now = utc_now()
-    values = {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": now, "finished": None, "resumed": now}
-    return {**values, "started": sa.func.coalesce(tables.SWEEPS.c.started, now), "driven_s": before.elapsed_s}
-
-
 def driver_lives(status: SweepStatus) -> bool:
     """Whether the driver has shown a sign of life lately and, when it is on this host, is still that process."""
-    if status.heartbeat is None or (utc_now() - status.heartbeat).total_seconds() > STALE_AFTER_S:
+    if status.heartbeat is None or abs((utc_now() - status.heartbeat).total_seconds()) > STALE_AFTER_S:
         return False
+    born = _born(status)
+    return born is not None and born <= status.heartbeat.timestamp() + 5
+
+
+def may_live(status: SweepStatus) -> bool:
+    """Whether a driver that looks dead may not be: until it beats again, a clock that was set makes it look so."""
+    return status.finished is None and status.heartbeat is not None and _born(status) is not None
+
+
+def _born(status: SweepStatus) -> float | None:
+    """When the process with the driver's id was born, by this host's clock; None when there is none, 0 elsewhere."""
     if status.pid is None or status.host != socket.gethostname():
-        return True
+        return 0.0
     try:
         process = psutil.Process(status.pid)
-        reused = process.create_time() > status.heartbeat.timestamp() + 5
-        return process.status() != psutil.STATUS_ZOMBIE and not reused
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess:
-        return False
+        return None
 
 
 def _spec_of(folder: SweepFolder) -> SweepSpec:

@@ -48,7 +48,7 @@ SWEEPS = sa.Table(
     sa.Column("pid", sa.Integer),
     sa.Column("host", sa.String(255)),
     sa.Column("driven_s", sa.Double),
-    *(sa.Column(name, UTCDateTime) for name in ("created", "started", "resumed", "heartbeat", "finished")),
+    *(sa.Column(name, UTCDateTime) for name in ("created", "started", "heartbeat", "finished")),
 )
 
 _COLUMN_TYPES = {"int": sa.BigInteger, "float": sa.Double, "str | None": sa.Text}
