@@ -48,6 +48,18 @@ def make_table(store, width: int, height: int = 40, earlier=()) -> tuple[LiveTab
     return LiveTable(store.spec, earlier, console), console
 
 
+def test_budgets_that_are_extended_meanwhile_are_said_and_counted(store):
+    more = store.spec.model_copy(update={"budget": store.spec.budget.model_copy(update={"trials": 40})})
+    table, console = make_table(store, 100)
+    play(table, store)
+    table.extended(more)
+    assert "5 of 40 trials over" in screen(table, console)[0]
+    log = Console(file=io.StringIO(), width=100)
+    lines = Lines(store.spec, log)
+    lines.extended(more)
+    assert "budget.trials is 40 from now on, was 6" in log.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
 def test_every_trial_keeps_one_line_at_any_width(store, width):
     table, console = make_table(store, width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,35 @@ def test_python_asks_as_the_command_line_does(store):
             trials.ended(ending)
     asking.join()
     assert came == [1, 4, "cancelled"]
+
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from made_by_hand import make_sweep
+from tuner.execution import sweep
+from tuner.execution.events import Silent
+sweep.HEARTBEAT_S = 0.5
+store = make_sweep(Path(sys.argv[1]), [], None)
+with sweep._driving(store, Silent(), False):
+    print("ready", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_driver_on_another_host_is_ended_through_a_database_that_both_reach(postgres_study, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNER_TEST_STUDY", postgres_study)
+    command = [sys.executable, "-c", DRIVER, tmp_path, Path(__file__).parents[1]]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert driver.stdout
+        assert driver.stdout.readline() == "ready\n"
+        monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+        sweep = tuner.open("pydoc-lora", tmp_path)
+        sweep.cancel(timeout_s=30)
+        assert driver.wait(30) != 0
+        assert sweep.status == "cancelled"
+    finally:
+        driver.kill()
+        driver.wait()

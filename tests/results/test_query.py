@@ -100,6 +100,16 @@ def test_trials_are_ordered_and_cut(store, arguments, found):
     assert numbers(store, **arguments) == found
 
 
+@pytest.mark.parametrize("arguments", [{"where": "rouge > 0.5"}, {"sort": "-rouge"}], ids=str)
+def test_a_metric_that_is_not_there_is_an_error_that_names_those_present(store, arguments):
+    with pytest.raises(SpecError) as error:
+        numbers(store, **arguments)
+    (problem,) = error.value.problems
+    present = problem.allowed.split(", ")
+    assert problem.got == "rouge"
+    assert {"eval_loss", "mean_token_accuracy", "tokens_per_s", *store.spec.space} <= set(present)
+
+
 def test_sorting_by_an_unknown_key_names_the_nearest(store):
     with pytest.raises(SpecError, match=r"--sort: got lora\.rr; .*did you mean lora\.r"):
         numbers(store, sort="-lora.rr")

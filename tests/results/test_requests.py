@@ -71,11 +71,15 @@ def test_what_was_not_answered_in_time_is_withdrawn_and_never_done(store):
 def test_what_was_taken_in_time_is_waited_for(store):
     id = store.requests.ask("cancel", 0)
     assert len(store.requests.take("cancel")) == 1
-    came = asked(store.requests, id, timeout_s=0.1)
-    came[0].join(1)
+    came = asked(store.requests, id, timeout_s=1)
+    came[0].join(1.5)
     assert came[0].is_alive()
     store.requests.answer(id)
     assert outcome(came) is None
+    hangs = store.requests.ask("cancel", 1)
+    store.requests.take("cancel")
+    said = outcome(asked(store.requests, hangs, timeout_s=0.1))
+    assert said == "the driver of 'pydoc-lora' began it, but has not answered in 0 s"
 
 
 def test_a_driver_that_is_gone_answers_nothing_and_the_next_one_hears_nothing_of_it(store):

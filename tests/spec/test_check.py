@@ -86,6 +86,7 @@ BAD_SPECS = [
     ("stopping.grace_evals=8", "stopping.grace_evals: got 8; allowed: 1 to 7, below budget.evals_per_trial, or asha never stops a trial"),
     ("stopping.patience=7", "stopping.patience: got 7; allowed: at least 2 below budget.evals_per_trial, 8, or it ends no trial before its last evaluation"),
     ("stopping.min_delta=0.1", "stopping.min_delta: got 0.1; allowed: 0, or stopping.patience beside it"),
+    ("objective.metric=rouge", "objective.metric: got 'rouge'; allowed: eval_loss or mean_token_accuracy"),
     ("objective.metric=mean_token_accuracy objective.goal=minimize", "objective.goal: got 'minimize'; allowed: maximize, since the metric is mean_token_accuracy; did you mean maximize?"),
     # --- what TRL, PEFT or a server would find in mid-trial
     ("train.max_length=null", "train.max_length: got null; allowed: a length, since train.packing may be bfd; did you mean 1024?"),

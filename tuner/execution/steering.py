@@ -6,8 +6,6 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-import sqlalchemy as sa
-
 from tuner.errors import SpecError, TunerError
 from tuner.execution.events import Display
 from tuner.results.requests import Request
@@ -40,11 +38,7 @@ class Steering:
         if time.monotonic() < self._look:
             return []
         self._look = time.monotonic() + LOOK_S
-        try:
-            requests = self._store.requests.take("cancel", "add", "extend")
-        except sa.exc.OperationalError:  # a border: a database that restarts is asked again at the next look
-            return []
-        for request in requests:
+        for request in self._store.requests.take("cancel", "add", "extend"):
             self._do(request, running)
         return list(self._cancelled)
 

@@ -71,6 +71,8 @@ class Requests:
                 raise TunerError(
                     f"the driver of {self._sweep!r} has not answered in {timeout_s:.0f} s; nothing is done"
                 )
+            if time.monotonic() > end + timeout_s:
+                raise TunerError(f"the driver of {self._sweep!r} began it, but has not answered in {timeout_s:.0f} s")
             time.sleep(LOOK_S)
 
     def withdraw(self, id: int) -> bool:
