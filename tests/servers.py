@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import psycopg
 
 PASSWORD = "hunter2:/@%"
@@ -23,7 +25,19 @@ PASSWORD_VARIABLE = "TUNER_TEST_PASSWORD"
 class Postgres:
     """A server with a user `tuner`, who must give PASSWORD."""
 
+    server: Any
     socket: Path
+
+    def kill(self) -> None:
+        """As a machine does that loses its power; all its processes are gone then."""
+        postmaster = psutil.Process(self.server.get_pid())
+        family = [postmaster, *postmaster.children()]
+        postmaster.kill()
+        psutil.wait_procs(family, timeout=30)
+
+    def start(self) -> None:
+        """Again, on the same data."""
+        self.server.ensure_postgres_running()
 
     def new_study(self) -> str:
         """A URL for `storage.study`: an empty database, the password as a variable."""
@@ -49,7 +63,7 @@ def postgres(folder: Path) -> Iterator[Postgres]:
             Path(rules[0]).write_text("local all tuner scram-sha-256\nlocal all all trust\n")
             connection.execute("ALTER SYSTEM SET fsync = off")  # nobody pulls the plug here
             connection.execute("SELECT pg_reload_conf()")
-        yield Postgres(socket)
+        yield Postgres(server, socket)
     finally:
         server.cleanup()
 

@@ -25,7 +25,7 @@ BUSY_TIMEOUT_S = 60
 """How long a connection to SQLite waits for another process to finish writing."""
 AWAY_S = 300.0
 """How long a database may be away in the middle of a sweep, as a server is that is started again."""
-_LOOK_S = 1.0
+_LOOK_S = 0.5
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -107,7 +107,7 @@ def persistent(
 
     @functools.wraps(call)
     def persistently(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        end, now = time.monotonic() + AWAY_S, call
+        end, now, waits = time.monotonic() + AWAY_S, call, False
         while True:
             try:
                 return now(*args, **kwargs)
@@ -115,9 +115,10 @@ def persistent(
                 away = _is_away(error)
                 if away is None or time.monotonic() > end:
                     raise
-                _logger.warning("The records' database does not answer: %s", str(away.orig).splitlines()[0])
+                if not waits:
+                    _logger.warning("The records' database does not answer: %s", str(away.orig).splitlines()[0])
+                now, waits = again or call, True
                 time.sleep(_LOOK_S)
-                now = again or call
 
     return persistently
 

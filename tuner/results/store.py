@@ -139,6 +139,7 @@ class Store:
     def _storage(self) -> optuna.storages.BaseStorage:
         return self._optuna_storage(create=False)
 
+    @persistent
     def hold_study(self) -> None:
         """Be the study's only writer from now on, who needs no query to know what is in it."""
         from tuner.results.held import HeldStorage
