@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -25,8 +26,10 @@ from tuner.promotion.registry import current, history, rollback, staging
 from tuner.results.store import Store
 from tuner.spec.layout import Root
 from tuner.spec.sweep import ModelSpec
+from tuner.spec.text import parse_yaml
 from tuner.training.model import load_model, load_tokenizer
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SOURCES = sorted(Path(tuner.__file__).parent.rglob("*.py"))
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 RUNS_WHAT_IT_READS = {"eval()", "exec()", "compile()", ".system()", ".popen()", ".read_pickle()", ".unsafe_load()"}
@@ -57,22 +60,31 @@ def test_no_line_loads_or_runs_in_a_way_that_can_run_code(call):
 
 @pytest.mark.timeout(240)
 def test_a_secret_of_the_environment_is_written_nowhere(tiny_model_dir, tmp_path):
-    """Neither by a sweep that fails a trial and promotes another, nor by Ray beside it, nor by who reads afterwards."""
+    """Neither by a sweep that fails a trial and promotes another, nor by Ray beside it, nor by who reads afterwards.
+
+    The same sweep has a base of the hub, whose commit it names, and an umask, which all of its files follow.
+    """
     secret, budget = "hf_canary4711", {"trials": 2, "tokens_per_trial": 200, "evals_per_trial": 1}
     space = {"train.learning_rate": {"type": "choice", "values": [1e-3, 1e30]}}
     file = write_spec(
-        *(tmp_path, tiny_model_dir, "canary"),
+        *(tmp_path, Path("org/tiny"), "canary"),
         space=space,
         budget=budget,
         search={"enqueue": [{"train.learning_rate": rate} for rate in (1e-3, 1e30)]},
         resources={"max_concurrent_trials": 2},
         promotion={"max_regression": 10.0},
     )
+    hub = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(tiny_model_dir, hub / "snapshots" / COMMIT)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(COMMIT)
     with tempfile.TemporaryDirectory(prefix="canary-", dir="/tmp") as scratch:  # short: a socket's path has a limit
         keys = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"), secret)
         commands = [["run", file], ["show", "canary", "--json"], ["results", "canary"], ["verify", "canary"]]
         for number, arguments in enumerate(commands):
-            command = Command(*arguments, cwd=tmp_path, TMPDIR=scratch, **keys)
+            before = os.umask(0o027)
+            command = Command(*arguments, cwd=tmp_path, TMPDIR=scratch, HF_HUB_CACHE=str(hub.parent), **keys)
+            os.umask(before)
             try:
                 assert command.end() == 0, command.lines
             finally:
@@ -82,6 +94,12 @@ def test_a_secret_of_the_environment_is_written_nowhere(tiny_model_dir, tmp_path
         assert any("manifest.json" in path.name for path in written), "nothing was promoted"
         assert any("raylet" in path.name for path in written), "Ray's own logs are not among what is searched"
         assert [str(path) for path in written if secret.encode() in path.read_bytes()] == []
+    root = tmp_path / "runs"
+    modes = {path: path.stat().st_mode & 0o777 for path in root.rglob("*")}
+    assert {str(path): oct(mode) for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
+    assert parse_yaml((root / "sweeps/canary/spec.yaml").read_text())["model"]["revision"] == COMMIT
+    manifest = json.loads((root / "models/production/current/manifest.json").read_text())
+    assert manifest["base"] == {"name": "org/tiny", "revision": COMMIT, "identity": {"commit": COMMIT}}
 
 
 # --- links that lead out of the root

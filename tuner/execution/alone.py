@@ -123,8 +123,9 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
         with watch.working():
             run_trial(asked, config, Preparation(**facts), checkpoints, emit, folder.root, watch.moved)
     except Exception as error:
-        traceback.print_exc()  # into the trial's log, whose tail goes into the record
-        folder.root.keep(log, stays=True)
+        with suppress(OSError):  # where the disk is full, the ending still says so
+            traceback.print_exc()  # into the trial's log, whose tail goes into the record
+            folder.root.keep(log, stays=True)
         pipe.send(replace(explain_failure(error), log_tail=tail(log)))
 
 
