@@ -71,7 +71,7 @@ def test_a_trial_that_sleeps_for_ever_is_tried_again_and_keeps_the_stacks(sleepe
     for record in asleep:
         (attempt,) = record.tried
         assert (attempt.cause, attempt.tokens >= 2_000) == ("stuck", record.number == 0 or attempt.tokens > 0)
-        assert attempt.reason.startswith("no step for 6 s")
+        assert attempt.reason.startswith("no step for ")
         assert "in fall_asleep" in attempt.log_tail
     figures = measure(
         sweep,

@@ -156,7 +156,7 @@ class ResourcesSpec(Section):
     )
     max_concurrent_trials: int | None = Field(None, ge=1, description="At most so many at once; null: what fits.")
     stuck_after: Seconds = Field(
-        600, description="A step that takes longer, and 20 times as long as any before, ends its attempt; `10m`."
+        600, description="A step or save that takes longer, and 20 times the longest before, ends its attempt; `10m`."
     )
 
     @property
