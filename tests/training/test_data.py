@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,33 @@ def test_an_unusable_file_is_refused_with_the_place(tmp_path: Path, case: str) -
     assert message in error_of(write(tmp_path / name, content))
 
 
+HUGE = 50_000_000
+MONSTERS: dict[str, tuple[str, Callable[[], str]]] = {
+    "no json": ("line 2, column 1: not JSON", lambda: "x" * HUGE),
+    "brackets": ("line 2: not usable JSON", lambda: "[" * HUGE),
+    "one integer": ("line 2: not usable JSON", lambda: '{"text": ' + "9" * HUGE + "}"),
+    "one list": ("dropped: 1 wrong_type (rows 2)", lambda: '{"text": [' + "1," * (HUGE // 2) + "1]}"),
+    "one text": ("dropped: 1 too_long (rows 2)", lambda: '{"text": "' + "x" * HUGE + '"}'),
+    "keys": ("rows of 1000001 columns; allowed: at most 1000", lambda: json.dumps(dict.fromkeys(range(1_000_000), 1))),
+    "a csv header": ("rows of 25000001 columns; allowed: at most 1000", lambda: "c," * (HUGE // 2)),
+    "a csv field": ("line 2: not CSV", lambda: 'text\n"' + "x" * HUGE),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", MONSTERS)
+def test_a_line_of_50_mb_is_refused_or_dropped_in_seconds(tmp_path: Path, case: str) -> None:
+    said, content = MONSTERS[case]
+    suffix = "csv" if "csv" in case else "jsonl"
+    path = write(tmp_path / f"a.{suffix}", content() if suffix == "csv" else GOOD + content() + "\n")
+    began = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        split(tmp_path, path)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow-file", "arrow-stream"])
 def test_a_truncated_binary_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = make_file(tmp_path, kind)
@@ -299,6 +328,8 @@ def test_a_template_makes_text_and_drops_rows_without_a_value(tmp_path: Path) ->
         ("{}", "needs {column} fields"),
         ("{q.__class__}", "has no column 'q.__class__'"),
         ("{q:5.2f}", "a.jsonl, row 1: data.template"),
+        ("{q:>9999999999}", "data.template: '>9999999999' is no width or precision below 1000"),
+        ("{q:{q}}", "data.template: '{q}' is no width"),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_refused(tmp_path: Path, template: str, problem: str) -> None:
@@ -426,12 +457,22 @@ def test_a_row_that_stands_twice_in_one_file_is_never_in_both_sets(tmp_path: Pat
             r"no usable row; 2 rows read, dropped: 1 empty \(rows 1\), 1 wrong_type",
         ),
         ([{"text": "a"}, {"text": ""}], "one usable row cannot be both trained on and held out; 2 rows read"),
+        (
+            [{"text": 1}, {"text": ["a"]}, {"text": {"a": 1}}, {"text": True}],
+            "no usable row; 4 rows read, dropped: 4 w",
+        ),
         ([{"text": "a"}] * 3, "nothing left to train on: all 2 usable rows also stand in the evaluation set"),
     ],
 )
 def test_nothing_left_says_why(tmp_path: Path, rows: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         split(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows))
+
+
+def test_an_evaluation_set_that_is_the_training_set_says_so(tmp_path: Path) -> None:
+    path, other = numbered(tmp_path, 5), numbered(tmp_path, 5, "b.jsonl")
+    with pytest.raises(DataError, match="all 5 usable rows also stand in the evaluation set"):
+        split(tmp_path, path, eval_path=str(other))
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

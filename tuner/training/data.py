@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,6 +19,7 @@ Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row]]
 
 FILE_FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+MOST_COLUMNS = 1000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -136,6 +137,7 @@ def _read_csv(path: Path, delimiter: str) -> Numbered:
         lines = (text for _, text in _lines(path, stream))
         records = _csv_records(path, csv.reader(lines, delimiter=delimiter, strict=True))
         _, header = next(records, (0, []))
+        refuse_many_columns(header, path.name)
         twice = sorted({name for name in header if header.count(name) > 1})
         if not header or twice or "" in header:
             problem = f"the columns {twice} stand twice" if twice else "the first line must name every column"
@@ -144,6 +146,12 @@ def _read_csv(path: Path, delimiter: str) -> Numbered:
             if len(record) != len(header):
                 raise DataError(f"{path.name}, line {line}: {len(record)} fields where the header names {len(header)}")
             yield number, dict(zip(header, record, strict=True))
+
+
+def refuse_many_columns(columns: Collection[str], name: str) -> None:
+    """Raise DataError where a row is no row, but has a column for everything."""
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(f"{name}: rows of {len(columns)} columns; allowed: at most {MOST_COLUMNS}")
 
 
 def _csv_records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:

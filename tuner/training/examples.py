@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,10 +14,20 @@ from typing import Any
 
 from tuner.errors import DataError
 from tuner.spec.drops import Drops, drop
-from tuner.training.data import Row, read_rows
-from tuner.training.formats import COLUMNS_OF_FORMAT, MISSING, OPTIONAL_COLUMNS, WRONG_TYPE, as_json, to_example
+from tuner.training.data import Row, read_rows, refuse_many_columns
+from tuner.training.formats import (
+    COLUMNS_OF_FORMAT,
+    MISSING,
+    OPTIONAL_COLUMNS,
+    TOO_LONG,
+    WRONG_TYPE,
+    as_json,
+    to_example,
+)
 
 SAMPLE_ROWS = 100
+MOST_CHARACTERS = 10_000_000
+"""Of one example: to tokenise so many takes some 2 GB of memory and 20 seconds."""
 _WAYS_OUT = (
     "ways out: data.format names the format, data.columns renames (expected: actual), data.template makes a text of "
     "{column} fields, data.formatter converts rows in Python"
@@ -39,7 +50,9 @@ def read_examples(
     raw = list(islice(rows, SAMPLE_ROWS))
     if not raw:
         raise DataError(f"{name}: holds no rows")
-    shape = _shaper(data, _columns_of(row for _, row in raw), name)
+    columns = _columns_of(row for _, row in raw)
+    refuse_many_columns(columns, name)
+    shape = _shaper(data, columns, name)
     sample = [(number, shape(number, row)) for number, row in raw]
     shaped = [row for _, row in sample if isinstance(row, dict)]
     kind = recognise(data["format"], shaped, text_field, name)
@@ -51,6 +64,8 @@ def read_examples(
             text = as_json(example) if isinstance(example, dict) else None
             if text is None:
                 drop(drops, example if isinstance(example, str) else WRONG_TYPE, number)
+            elif len(text) > MOST_CHARACTERS:
+                drop(drops, TOO_LONG, number)
             else:
                 yield number, text
 
@@ -121,11 +136,14 @@ class _Template(string.Formatter):
 
 def _template_shaper(template: str, present: list[str], name: str) -> Callable[[int, Row], Row]:
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(f"data.template: {error}; a literal brace is written twice") from error
+    fields = [str(field) for _, field, _, _ in parts]
     if not fields or "" in fields:
         raise DataError("data.template: needs {column} fields, each with a column's name")
+    if wide := [form for _, _, form, _ in parts if form and re.search(r"\d{4}|[{}]", form)]:
+        raise DataError(f"data.template: {wide[0]!r} is no width or precision below 1000")
     _refuse_missing("data.template", fields, present, name)
 
     def fill(number: int, row: Row) -> Row:

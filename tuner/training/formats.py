@@ -15,6 +15,7 @@ from tuner.training.data import Row
 EMPTY = "empty"
 WRONG_TYPE = "wrong_type"
 MISSING = "missing_column"
+TOO_LONG = "too_long"
 
 COLUMNS_OF_FORMAT = {
     "text": ("text",),
