@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import tuner
-from tests.made_by_hand import Bomb, make_report, make_sweep
+from tests.made_by_hand import Bomb, make_report, make_spec, make_sweep
 from tests.real_sweeps import Command, write_spec
 from tuner.errors import TunerError
 from tuner.execution.promote import promote_trial
@@ -255,3 +256,16 @@ def test_code_that_comes_with_a_model_is_not_run_unless_the_spec_says_so(load, t
     with suppress(TunerError, AttributeError):
         load(ModelSpec(name=str(folder), trust_remote_code=True).model_dump(), tmp_path)
     assert mark.exists()
+
+
+# --- passwords in errors
+
+
+@pytest.mark.parametrize(
+    "url", ["me:${PASSWORD}@127.0.0.1:1/db", "me:${PASSWORD}@h:${PASSWORD}/db", "127.0.0.1:1/db?password=${PASSWORD}"]
+)
+def test_an_error_quotes_no_password_of_the_database(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("PASSWORD", "canary:47/11@")
+    with pytest.raises(TunerError) as refused:
+        Store.create(make_spec(tmp_path, storage={"root": str(tmp_path), "study": f"postgresql+psycopg://{url}"}))
+    assert "canary" not in "".join(traceback.format_exception(refused.value))
