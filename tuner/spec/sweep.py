@@ -80,7 +80,9 @@ class DataSpec(Section):
     )
     columns: dict[str, str] = Field({}, description="Rename columns: what the format expects -> what the file has.")
     template: str | None = Field(None, description="A text with {column} fields, made from each row.")
-    formatter: str | None = Field(None, description="`module:function` that turns a row into a row of a known format.")
+    formatter: str | None = Field(
+        None, description="`module:function` of yours, importable where it runs: turns a row into one of a known format."
+    )
     eval_path: str | None = Field(None, description="A separate evaluation file; without it a fraction is held out.")
     eval_fraction: float = Field(0.05, gt=0, lt=1, description="Share of rows held out when there is no eval_path.")
     max_eval_examples: int = Field(500, ge=1, description="At most this many evaluation rows.")
@@ -104,7 +106,9 @@ class BudgetSpec(Section):
     tokens_per_trial: int | None = Field(None, ge=1, description="Trained tokens of a full trial.")
     steps_per_trial: int | None = Field(None, ge=1, description="Optimizer steps at the spec's own batch size.")
     epochs_per_trial: float | None = Field(None, gt=0, description="Passes over the training set.")
-    evals_per_trial: int = Field(8, ge=1, description="Evaluations, evenly spaced in tokens, the last at the end.")
+    evals_per_trial: int = Field(
+        8, ge=1, le=10_000, description="Evaluations, evenly spaced in tokens, the last at the end."
+    )
     time_limit: Seconds | None = Field(None, description="Wall time of the sweep; `4h`, `30m` or seconds.")
     tokens: int | None = Field(None, ge=1, description="Trained tokens of all trials together.")
     gpu_hours: float | None = Field(None, gt=0, description="Hours of all trials, each times the GPUs it holds.")

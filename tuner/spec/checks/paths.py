@@ -54,10 +54,17 @@ def _read_settings(settings: str | dict[str, Any] | None, base: Path) -> str | d
         return settings
     path = Path(_absolute(settings, base))
     try:
+        if not is_small_file(path):
+            return str(path)
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return str(path)  # `check_strategy` says what is wrong with it
     return found if isinstance(found, dict) else str(path)
+
+
+def is_small_file(path: Path) -> bool:
+    """Whether it can be read whole: no device, and no file that is large for settings."""
+    return path.is_file() and path.stat().st_size <= 1_000_000
 
 
 def _absolute(text: str, base: Path) -> str:
@@ -77,7 +84,7 @@ def check_paths(spec: SweepSpec) -> list[Problem]:
     places = {"model.name": spec.model.name, "data.path": spec.data.path, "data.eval_path": spec.data.eval_path}
     places["train.chat_template_path"] = spec.train.get("chat_template_path")
     missing = [_missing(key, place) for key, place in places.items() if isinstance(place, str) and _is_missing(place)]
-    return [*missing, *_check_model(spec.model), *_check_installed(spec.storage)]
+    return [*missing, *_check_model(spec.model), *_check_root(spec.storage.root), *_check_installed(spec.storage)]
 
 
 def _is_missing(place: str) -> bool:
@@ -109,7 +116,7 @@ def _check_model(model: ModelSpec) -> list[Problem]:
         if files:
             return [Problem("model.gguf_file", "nothing", f"{any_of(files)}, since {folder.name} has no config.json")]
         return [Problem("model.name", show(model.name), "a folder with a config.json, or with a GGUF file")]
-    if os.path.isfile(folder / model.gguf_file):
+    if model.gguf_file in os.listdir(folder):
         return []
     files = sorted(file.name for file in folder.glob("*.gguf"))
     allowed = any_of(files) if files else "a file in the model's folder, which holds no GGUF file"
@@ -118,6 +125,14 @@ def _check_model(model: ModelSpec) -> list[Problem]:
 
 def _no_safetensors(model: ModelSpec) -> Problem:
     return Problem("model.name", show(model.name), "a folder with weights in safetensors: pickles are never read")
+
+
+def _check_root(root: str) -> list[Problem]:
+    """Find a storage root that is, or would lie in, what is no folder."""
+    there = next((place for place in (Path(root), *Path(root).parents) if os.path.lexists(place)), Path("/"))
+    if is_object_store(root) or there.is_dir():
+        return []
+    return [Problem("storage.root", show(root), f"a folder, which {there} is not")]
 
 
 def _check_installed(storage: StorageSpec) -> list[Problem]:
@@ -140,7 +155,9 @@ def check_storage(spec: SweepSpec) -> list[Problem]:
     """Find a `storage` that no sweep can be kept in: places of an unknown kind, or a secret in what is kept."""
     root, url = spec.storage.root, spec.storage.study
     problems = []
-    if is_object_store(root):
+    if "\0" in root:
+        problems.append(Problem("storage.root", show(root), "a folder, or s3://BUCKET/PREFIX"))
+    elif is_object_store(root):
         if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]*(/[\w.=-]+)*", root):
             problems.append(Problem("storage.root", show(root), "a folder, or s3://BUCKET/PREFIX"))
         if url is None or url.startswith("sqlite"):

@@ -79,10 +79,12 @@ def _check_range(at: str, distribution: Distribution) -> list[Problem]:
 
 
 def _check_choices(at: str, values: list[Any]) -> list[Problem]:
-    found = []
+    found, seen = [], set()
     for index, value in enumerate(values):
-        if any(_same(value, other) for other in values[:index]):
+        one = (isinstance(value, bool), value)
+        if one in seen:
             found.append(Problem(f"{at}.values[{index}]", f"{show(value)} again", "each value once"))
+        seen.add(one)
     return found
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tuner.errors import Problem
 from tuner.spec.checks.fields import place_of, possible_values
+from tuner.spec.checks.paths import is_small_file
 from tuner.spec.checks.words import any_of, nearest, show
 from tuner.spec.space import Int
 from tuner.spec.sweep import SweepSpec
@@ -94,9 +96,11 @@ def _check_settings(spec: SweepSpec) -> Iterator[Problem]:
 
 
 def _why_unread(path: str) -> str:
+    if os.path.exists(path) and not is_small_file(Path(path)):
+        return "this is no file of at most 1 MB"
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return f"it holds {type(found).__name__}, not keys and values"
 
