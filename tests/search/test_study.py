@@ -251,3 +251,106 @@ def test_maximising_accuracy_keeps_the_highest(tmp_path):
         search.report(number, report(tokens, 2.0, accuracy))
     search.tell(number, search.ending(number))
     assert study.trials[0].value == 0.6
+
+
+# What is known to be impossible
+
+CHOICES: dict[str, Any] = {
+    "lora.r": {"type": "int", "low": 4, "high": 16, "step": 4},
+    "train.per_device_train_batch_size": {"type": "choice", "values": [1, 2, 4, 64]},
+}
+
+
+def too_large(config: TrialConfig) -> str | None:
+    """The corner of CHOICES with the highest rank or the largest batch."""
+    rank, rows = config["point"]["lora.r"], config["point"]["train.per_device_train_batch_size"]
+    return "needs too much" if rank == 16 or rows == 64 else None
+
+
+class Watched:
+    """A search that judges points, and what it proposed: those that began, and those that were not tried."""
+
+    def __init__(self, spec: SweepSpec, study: optuna.Study, why: Callable[[TrialConfig], str | None] = too_large):
+        self.not_tried: list[tuple[dict[str, Any], Ending]] = []
+        self.search = Search(spec, study, BUDGET, BASELINE, why, lambda *one: self.not_tried.append(one))
+
+    def run(self, diverges: Callable[[TrialConfig], bool] = lambda config: False) -> list[dict[str, Any]]:
+        curve = lambda config, tokens: math.nan if diverges(config) else 2.0 + config["point"]["lora.r"] / 100  # noqa: E731
+        return [config["point"] for config, _ in run(self.search, curve)]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp", "qmc", "grid"])
+@pytest.mark.filterwarnings("ignore:Constraints have been set")
+def test_no_impossible_point_is_tried_and_none_counts(sampler, tmp_path):
+    large = {"lora.r": 16, "train.per_device_train_batch_size": 64}
+    search = {"sampler": sampler, "startup_trials": 2, "enqueue": [large]}
+    spec = spec_with(tmp_path, trials=6, space=CHOICES, search=search)
+    study = study_for(spec)
+    watched = Watched(spec, study)
+    tried = watched.run()
+    assert len(tried) == 6
+    assert not any(too_large({"point": point}) for point in tried)
+    assert watched.not_tried[0][0]["point"] == large
+    for config, ending in watched.not_tried:
+        assert (ending.outcome, ending.cause, ending.reason) == ("INFEASIBLE", "oom", "needs too much: not tried")
+        trial = study.trials[config["number"]]
+        assert (trial.state, trial.constraints) == (TrialState.PRUNED, {"infeasible": 2.0})
+    assert len(study.trials) == 6 + len(watched.not_tried)
+
+
+def test_a_resumed_search_knows_which_trials_were_none_and_which_points_diverged(tmp_path):
+    study = study_for(spec_with(tmp_path, space=CHOICES))
+    diverges = lambda config: config["point"]["lora.r"] == 8  # noqa: E731
+    first = Watched(spec_with(tmp_path, trials=6, space=CHOICES, search={"sampler": "random"}), study)
+    tried = first.run(diverges)
+    assert len(tried) == 6
+    assert first.not_tried
+    second = Watched(spec_with(tmp_path, trials=16, space=CHOICES, search={"sampler": "random"}), study)
+    assert second.search.remaining == 10
+    diverged = [point for point in tried + second.run(diverges) if point["lora.r"] == 8]
+    assert len(diverged) == len({tuple(point.items()) for point in diverged}) > 1
+    again = [ending for _, ending in second.not_tried if ending.reason != "needs too much: not tried"]
+    assert again
+    assert all(ending.reason.endswith("had this point and was infeasible: not tried again") for ending in again)
+
+
+def test_a_trial_that_began_goes_on_whatever_is_known_since(tmp_path):
+    spec = spec_with(tmp_path, trials=2, space=CHOICES)
+    study = study_for(spec)
+    began = Search(spec, study, BUDGET, BASELINE).ask()
+    asked = Search(spec, study, BUDGET, BASELINE)
+    asked.ask()
+    never_began = asked.ask()
+    optuna.Trial(study, study.trials[0]._trial_id).set_user_attr("started", "now")  # as the store notes it
+    watched = Watched(spec, study, lambda config: "needs too much" if config["number"] < 2 else None)
+    assert watched.search.ask()["point"] == began["point"]
+    assert watched.search.ask()["number"] == 2
+    assert [config["number"] for config, _ in watched.not_tried] == [never_began["number"]]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "qmc"])
+def test_a_search_that_only_finds_what_is_impossible_is_over(sampler, tmp_path):
+    spec = spec_with(tmp_path, space=CHOICES, search={"sampler": sampler, "startup_trials": 2})
+    watched = Watched(spec, study_for(spec), lambda config: "no")
+    assert watched.run() == []
+    assert len(watched.not_tried) == 100
+    assert watched.search.over == "the last 100 points proposed are all known to be impossible"
+    assert watched.search.remaining == 0
+
+
+def test_a_grid_is_over_when_all_of_it_has_been_proposed(tmp_path):
+    spec = spec_with(tmp_path, trials=16, space=CHOICES, search={"sampler": "grid"})
+    watched = Watched(spec, study_for(spec))
+    running = [watched.search.ask(), watched.search.ask()]  # which is no reason to propose them again
+    tried = [config["point"] for config in running] + watched.run()
+    assert len(tried) == len({tuple(point.items()) for point in tried}) == 9
+    assert watched.search.over == "every point of the grid has been proposed"
+
+
+def test_known_points_and_added_ones_that_are_impossible_are_not_tried_either(tmp_path):
+    large = {"lora.r": 16, "train.per_device_train_batch_size": 1}
+    spec = spec_with(tmp_path, trials=2, space=CHOICES, search={"sampler": "random", "enqueue": [large]})
+    watched = Watched(spec, study_for(spec))
+    watched.search.add(large | {"lora.r": 4, "train.per_device_train_batch_size": 64})
+    assert len(watched.run()) == 2
+    assert [config["number"] for config, _ in watched.not_tried][:2] == [0, 1]
