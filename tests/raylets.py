@@ -127,6 +127,11 @@ class Raylets:
         ]  # the host's name means no address here
         return self._start(*options, f"--node-ip-address={address}", within=inside)
 
+    @property
+    def nodes(self) -> list[subprocess.Popen]:
+        """Those that are there, the head first."""
+        return list(self._nodes)
+
     def traffic(self) -> int:
         """Bytes that have crossed the interfaces of the nodes; 0 where they share the host's."""
         return self.network.sent() if self.network else 0

@@ -12,6 +12,7 @@ from typing import Any
 from tuner.errors import DiskFullError, PromotionRefused, TunerError, is_full_disk
 from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import BEGUN, Display, Silent
+from tuner.execution.head import watched_head
 from tuner.execution.logs import library_output_to
 from tuner.execution.machine import Placement, others_use_it, place, ray_cluster
 from tuner.execution.nodes import refuse_what_a_node_lacks
@@ -92,7 +93,8 @@ def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]
     """
     display.stage(f"{BEGUN}{store.spec.storage.root}")
     try:
-        with _terminable(), _heartbeat(store), library_output_to(store.folder.log) if log_output else nullcontext():
+        output = library_output_to(store.folder.log) if log_output else nullcontext()
+        with _terminable(), _heartbeat(store), watched_head(store, display), output:
             yield
     except KeyboardInterrupt:
         store.set_status("interrupted")
