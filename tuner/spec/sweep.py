@@ -81,7 +81,7 @@ class DataSpec(Section):
     columns: dict[str, str] = Field({}, description="Rename columns: what the format expects -> what the file has.")
     template: str | None = Field(None, description="A text with {column} fields, made from each row.")
     formatter: str | None = Field(
-        None, description="`module:function` of yours, importable where it runs: turns a row into one of a known format."
+        None, description="`module:function` of yours, importable where it runs; makes a row one of a known format."
     )
     eval_path: str | None = Field(None, description="A separate evaluation file; without it a fraction is held out.")
     eval_fraction: float = Field(0.05, gt=0, lt=1, description="Share of rows held out when there is no eval_path.")
