@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tuner.errors import InfeasibleError, NotShareable
+from tuner.errors import InfeasibleError, NotShareable, TunerError
 from tuner.spec.layout import SweepFolder
 from tuner.spec.load import parse_spec
 from tuner.spec.space import resolve
@@ -191,6 +192,19 @@ def test_slots_that_come_and_go_do_not_change_a_slot(sweep, alone, engine):
         for number, evals in [(1, 2), (2, 1), (3, 3), (1, 1)]:  # attach, train a little, detach in the middle
             drive(engine, configs[number], {}, evals)
     assert max(differences(alone[0], steady[0]).values()) < 1e-4
+
+
+def test_a_slot_that_is_detached_lets_go_whoever_waits_for_its_report(sweep, engine):
+    engine.attach({**configs_for(sweep.spec)[0], "number": 99})
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.advance, 99, TOKENS)
+        tenancy = engine._tenancies[99]
+        while tenancy.until < TOKENS:
+            time.sleep(0.01)
+        engine.detach(99)
+        with pytest.raises(TunerError, match="trial 99 is detached"):
+            waiting.result(30)
+    assert engine.lanes[0].tenancies == []
 
 
 def test_the_adapter_of_a_slot_is_the_adapter_of_its_trial(sweep, engine):

@@ -78,7 +78,6 @@ class Places:
 
     def free(self) -> bool:
         """Whether there is a place for one more trial."""
-        self._welcome()
         return self.taken < self._most and any(len(self._trials[actor]) < self._seats for actor in self._until)
 
     def take(self, number: int) -> Any:
@@ -105,10 +104,11 @@ class Places:
             self._expect(actor)
 
     def keep(self, trials: int) -> None:
-        """So many trials, as far as is known, are still to have a place; where there are none, what is empty ends."""
+        """So many trials, as far as is known, are still to have a place: the actors for them, and no empty others."""
         self._most = min(self._limit, self.taken + trials)
         for actor in [actor for actor, there in self._trials.items() if not trials and not there]:
             self._end(actor)
+        self._welcome()
 
     def close(self) -> None:
         """End every actor."""
