@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,3 +153,11 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.mark),)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Take all but so many bytes of a disk; who removes the file gives them back."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - leave)
+    return filler

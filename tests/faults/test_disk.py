@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import tuner
 from tests.faults.matrix import measure, recovery_s
+from tests.made_by_hand import fill
 from tests.real_sweeps import write_spec
 from tuner.results.record import utc_now
 from tuner.spec.layout import LEFT_TO_RECORDS
@@ -21,26 +20,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 BUDGET = {"trials": 3, "tokens_per_trial": 2_000, "evals_per_trial": 4}
 MB = 10**6
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 200 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def fill(disk: Path, leave: int) -> Path:
-    """Take all but so many bytes of a disk; who removes the file gives them back."""
-    filler = disk / "filler"
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - leave)
-    return filler
 
 
 def when(condition: Callable[[], object], seconds: float = 120) -> None:

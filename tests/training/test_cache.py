@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from tuner.errors import DataError
+from tests.made_by_hand import fill
+from tuner.errors import DataError, DiskFullError
+from tuner.spec.layout import LEFT_TO_RECORDS
 from tuner.training.cache import make_once, read_complete
 
 APPENDING_BUILD = """
@@ -76,6 +78,26 @@ def test_a_build_that_fails_leaves_nothing_and_is_tried_again(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["entry.lock"]
     assert make_once(tmp_path / "entry", lambda folder: {"made": True}) == {"made": True}
     assert make_once(tmp_path / "entry", fail) == {"made": True}
+
+
+@pytest.mark.parametrize("fills", ["before", "while it is built"])
+def test_an_entry_leaves_the_last_of_a_disk_to_the_records(disk: Path, fills: str) -> None:
+    def build(folder: Path) -> dict[str, Any]:
+        assert fills == "while it is built"
+        (folder / "rows").write_bytes(bytes(20 * 2**20))
+        return {"rows": 1}
+
+    filler = fill(disk, LEFT_TO_RECORDS + (-1 if fills == "before" else 10) * 2**20)
+    with pytest.raises(DiskFullError, match="67 MB are left to the records"):
+        make_once(disk / "entry", build)
+    assert [path.name for path in disk.iterdir() if path != filler] == ["entry.lock"]
+
+
+def test_an_entry_that_is_a_link_is_made_anew_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    make_once(tmp_path / "elsewhere", lambda folder: {"made": "there"})
+    (tmp_path / "entry").symlink_to(tmp_path / "elsewhere")
+    assert make_once(tmp_path / "entry", lambda folder: {"made": "here"}) == {"made": "here"}
+    assert read_complete(tmp_path / "elsewhere") == {"made": "there"}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
