@@ -67,6 +67,10 @@ class Engines:
         """How the workers of a trial share it, why, and what memory that takes: `Chosen` as a plain dict."""
         return ray.get(self.actors[0].strategy.remote())
 
+    def room(self, facts: dict[str, Any], beside: int) -> dict[str, Any]:
+        """The memory of a worker, where a node has so many `beside` each other: `Room` as a plain dict."""
+        return ray.get(self.actors[0].room.remote(facts, beside))
+
     def close(self) -> None:
         """End the processes and free what they hold of the cluster."""
         while self.actors:
@@ -183,6 +187,19 @@ class EngineActor:
     def strategy(self) -> dict[str, Any]:
         """How the workers of a trial are to share it, judged by this process's device."""
         return self._chosen.as_dict()
+
+    def room(self, facts: dict[str, Any], beside: int) -> dict[str, Any]:
+        """What memory a worker has, and whether the largest trial of the space fits into it."""
+        from tuner.training.memory import find_room
+
+        if self._base is not None:
+            self._base.result()  # transformers makes one model at a time
+        resources = self._spec.resources
+        if resources.on_ray_train:
+            resources = resources.model_copy(update={"strategy": self._chosen.name})
+        spec = self._spec.model_copy(update={"resources": resources})
+        processes = beside if why_not_shared(spec) else 1
+        return find_room(spec, self._folder.root.cache, facts["data"], processes).as_dict()
 
     @cached_property
     def _chosen(self) -> Chosen:

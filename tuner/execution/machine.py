@@ -163,6 +163,10 @@ class Placement:
         """How many trials to ask Ray for at once."""
         return min(self.fits(nodes) + self.ahead, self.most)
 
+    def beside(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """How many workers one of these nodes may have at once."""
+        return max(1, min(self.workers * self.most, max(_room(node, self.resources) for node in nodes)))
+
     def __str__(self) -> str:
         return f"{self.workers} x ({_amounts(self.resources, self.resources)})"
 

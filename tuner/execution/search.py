@@ -6,6 +6,7 @@ from typing import Any
 
 from tuner.execution.engine import Engines
 from tuner.execution.events import Display
+from tuner.execution.impossible import Impossible
 from tuner.execution.machine import Placement
 from tuner.execution.places import Places, run_in_places, start_workers
 from tuner.execution.trials import Trials
@@ -23,15 +24,18 @@ def search(
     placement: Placement,
     display: Display,
     strategy: dict[str, Any] | None = None,
-) -> None:
+    room: dict[str, Any] | None = None,
+) -> str | None:
     """Run every trial that is still to be run, until all are over or the time is up; the engines are closed then.
 
     `facts` is the sweep's `Preparation` as a plain dict; `strategy`, as a plain dict too, is what was `Chosen` where
-    trials have workers of Ray Train. Raises KeyboardInterrupt after a Ctrl-C, when no trial runs
-    any more; those it cut off stay unfinished, for `tuner resume`.
+    trials have workers of Ray Train; by `room`, the `Room` of a worker, points are judged before they start. Returns
+    why there were no more trials, where that is not the budget. Raises KeyboardInterrupt after a Ctrl-C, when no trial
+    runs any more; those it cut off stay unfinished, for `tuner resume`.
     """
     spec = store.spec
-    trials, waiting = Trials(store, facts, display), Waiting(store, placement, display)
+    impossible = Impossible(spec, room, strategy["name"] if strategy else None)
+    trials, waiting = Trials(store, facts, display, impossible), Waiting(store, placement, display)
     most = min(placement.most, most_at_once(spec))
     slots, lanes, reason = _slots(spec, facts, engines, most, display)
     count = len(engines.actors) if slots else 0
@@ -61,6 +65,7 @@ def search(
         trials.end_the_rest()
     if trials.halt.interrupted:
         raise KeyboardInterrupt
+    return trials.over
 
 
 def _slots(

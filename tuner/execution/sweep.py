@@ -14,7 +14,7 @@ from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import BEGUN, Display, Silent
 from tuner.execution.head import watched_head
 from tuner.execution.logs import library_output_to
-from tuner.execution.machine import Placement, others_use_it, place, ray_cluster
+from tuner.execution.machine import Placement, live_nodes, others_use_it, place, ray_cluster
 from tuner.execution.nodes import refuse_what_a_node_lacks
 from tuner.execution.preparation import prepare_on_ray
 from tuner.execution.promote import promote_trial
@@ -47,8 +47,8 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
         with start_engines(spec, placement) as engines:  # first, because it imports for seconds
             store = Store.create(spec)
             with _driving(store, display, log_output):
-                _search(store, engines, placement, display)
-                _conclude(store, display)
+                over = _search(store, engines, placement, display)
+                _conclude(store, display, over)
     return store
 
 
@@ -79,8 +79,8 @@ def resume_sweep(
         refuse_what_a_node_lacks(store.spec)
         prepared = _known_facts(store) is not None
         with start_engines(store.spec, placement, prepared) as engines, _driving(store, display, log_output):
-            _search(store, engines, placement, display)
-            _conclude(store, display)
+            over = _search(store, engines, placement, display)
+            _conclude(store, display, over)
     return store
 
 
@@ -115,11 +115,12 @@ def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]
             store.folder.root.keep(store.folder.log, stays=True)
 
 
-def _search(store: Store, engines: Engines, placement: Placement, display: Display) -> None:
-    """Prepare and run the trials, on a cluster that is up."""
+def _search(store: Store, engines: Engines, placement: Placement, display: Display) -> str | None:
+    """Prepare and run the trials, on a cluster that is up; what `search` returns."""
     store.set_status("preparing")
     facts = prepare_on_ray(engines, _known_facts(store), display, Waiting(store, placement, display))
     strategy = engines.strategy() if store.spec.resources.on_ray_train else None
+    room = engines.room(facts, placement.beside(live_nodes()))
     if strategy and not facts["baseline"]:
         from tuner.execution.trial import job_of_workers, score_base_on_workers  # Ray Train takes long to import
 
@@ -130,7 +131,7 @@ def _search(store: Store, engines: Engines, placement: Placement, display: Displ
     store.set_prepared(facts["tokens_per_trial"], facts["data"], facts["baseline"])
     display.prepared(facts["data"], facts["baseline"], facts["tokens_per_trial"])
     store.set_status("running")
-    search(store, facts, engines, placement, display, strategy)
+    return search(store, facts, engines, placement, display, strategy, room)
 
 
 def _known_facts(store: Store) -> dict[str, Any] | None:
@@ -141,21 +142,24 @@ def _known_facts(store: Store) -> dict[str, Any] | None:
     return {"tokens_per_trial": status.tokens_per_trial, "data": status.data, "baseline": status.baseline}
 
 
-def _conclude(store: Store, display: Display) -> None:
-    """Choose the best of the trials that are over and promote it. Without any that completed, the sweep is `failed`."""
+def _conclude(store: Store, display: Display, over: str | None = None) -> None:
+    """Choose the best of the trials that are over and promote it. Without any that completed, the sweep is `failed`.
+
+    `over` is why there were no more trials, where that is not the budget.
+    """
     store.set_status("running")
     records = store.trials()
     found = best_trial(records, store.spec.objective, store.status().tokens_per_trial)
     winner = found[0] if found else None
     display.sweep_finished(records, winner)
     if winner is None:
-        store.set_status("failed", "no trial completed its budget")
+        store.set_status("failed", "no trial completed its budget" + (f": {over}" if over else ""))
         return
     promoted = store.status().promoted or {}
     if store.spec.promotion is not None and (promoted.get("trial"), "version" in promoted) != (winner.number, True):
         display.stage(f"Promoting trial {winner.number}")
         _promote(store, winner, display)
-    store.set_status("finished")
+    store.set_status("finished", over)
 
 
 def _promote(store: Store, record: TrialRecord, display: Display) -> None:

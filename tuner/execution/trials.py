@@ -8,6 +8,7 @@ from typing import Any
 from tuner.execution.endings import tail
 from tuner.execution.events import Display
 from tuner.execution.halt import Halt
+from tuner.execution.impossible import Impossible
 from tuner.execution.last_words import in_its_own_words
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.execution.retries import as_changed, failed_attempt
@@ -20,10 +21,12 @@ from tuner.spec.trial import Ending, Report, TrialConfig
 class Trials:
     """What whoever runs trials calls, in the driver's main thread."""
 
-    def __init__(self, store: Store, facts: dict[str, Any], display: Display):
+    def __init__(self, store: Store, facts: dict[str, Any], display: Display, impossible: Impossible | None = None):
         self.halt = Halt(store, display)
         store.hold_study()
-        self._search = Search(store.spec, store.study, facts["tokens_per_trial"], facts["baseline"]["eval_loss"])
+        budget, baseline = facts["tokens_per_trial"], facts["baseline"]["eval_loss"]
+        self._impossible = impossible or Impossible(store.spec)
+        self._search = Search(store.spec, store.study, budget, baseline, self._impossible.why, self._pass_over)
         self._steering = Steering(store, self._search, display)
         self._store = store
         self._display = display
@@ -34,11 +37,19 @@ class Trials:
         self._over: list[int] = []
         self._failures: dict[int, Ending] = {}
         self._kept = set(store.with_adapters())
+        for record in store.trials():
+            if record.is_over and record.cause == "oom":
+                self._impossible.ran_out(record.number, record.config)
 
     @property
     def remaining(self) -> int:
         """How many trials are still to be asked for."""
         return self._search.remaining + len(self._again)
+
+    @property
+    def over(self) -> str | None:
+        """Why no more are to be asked for, where the budget is not the reason."""
+        return self._search.over
 
     def ask(self) -> TrialConfig | None:
         """The next trial, which starts now; None when there is none, or none is to start any more."""
@@ -105,6 +116,8 @@ class Trials:
             return
         self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
         self._search.tell(number, ending)
+        if ending.cause == "oom":
+            self._impossible.ran_out(number, config)
         folder = self._store.folder
         folder.root.forget(folder.trial_state(number))
         folder.root.forget(folder.trial_checkpoints(number))
@@ -112,6 +125,11 @@ class Trials:
         self._kept = keep_best_adapters(self._store, self._kept | {number})
         self._steering.ended(number)
         self._display.trial_finished(self._store.record(number))
+
+    def _pass_over(self, config: TrialConfig, ending: Ending) -> None:
+        """Record a point that is not tried."""
+        self._store.pass_over_trial(config["number"], config, ending.cause, ending.reason)
+        self._display.trial_finished(self._store.record(config["number"]))
 
     def _with_log(self, number: int, ending: Ending) -> Ending:
         """The ending of a trial that failed, with the last words of whatever process it was in."""
