@@ -97,6 +97,17 @@ def _sync_with_the_next(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+class Away(Exception):
+    """The database does not answer, or is locked."""
+
+
+def say_away(context: sa.engine.ExceptionContext) -> None:
+    """For the engine of Optuna, which makes a trial again, up to five times, when it sees the database's own error."""
+    error = context.sqlalchemy_exception
+    if error is not None and _is_away(error):
+        raise Away(str(context.original_exception))
+
+
 def persistent(
     call: Callable[_Arguments, _Result], again: Callable[..., _Result] | None = None
 ) -> Callable[_Arguments, _Result]:
@@ -111,25 +122,19 @@ def persistent(
         while True:
             try:
                 return now(*args, **kwargs)
-            except Exception as error:
-                away = _is_away(error)
-                if away is None or time.monotonic() > end:
+            except (sa.exc.DBAPIError, Away) as error:
+                if not _is_away(error) or time.monotonic() > end:
                     raise
                 if not waits:
-                    _logger.warning("The records' database does not answer: %s", str(away.orig).splitlines()[0])
+                    _logger.warning("The records' database does not answer: %s", str(error).splitlines()[0])
                 now, waits = again or call, True
                 time.sleep(_LOOK_S)
 
     return persistently
 
 
-def _is_away(error: Exception) -> sa.exc.DBAPIError | None:
-    """What says so, which Optuna has as the cause of an error of its own."""
-    for said in (error, error.__cause__):
-        if isinstance(said, sa.exc.OperationalError) and isinstance(said.orig, sqlite3.Error):
-            return said if said.orig.sqlite_errorname.startswith("SQLITE_BUSY") else None
-        if isinstance(said, sa.exc.OperationalError) or (
-            isinstance(said, sa.exc.DBAPIError) and said.connection_invalidated
-        ):
-            return said
-    return None
+def _is_away(error: Exception) -> bool:
+    if isinstance(error, sa.exc.OperationalError) and isinstance(error.orig, sqlite3.Error):
+        return error.orig.sqlite_errorname.startswith("SQLITE_BUSY")
+    lost = isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, sa.exc.OperationalError | Away)

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from tuner.errors import NotFoundError, TunerError
 from tuner.results import tables
-from tuner.results.database import connect, database_url, engine_options, one_at_a_time, persistent
+from tuner.results.database import connect, database_url, engine_options, one_at_a_time, persistent, say_away
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.results.requests import Requests
@@ -146,7 +146,9 @@ class Store:
 
         for known in ("study", "_study_id"):
             self.__dict__.pop(known, None)
-        self._storage = HeldStorage(self._optuna_storage(create=False), self.spec.name)
+        database = self._optuna_storage(create=False)
+        sa.event.listen(database.engine, "handle_error", say_away)
+        self._storage = HeldStorage(database, self.spec.name)
 
     @cached_property
     def study(self) -> optuna.Study:
