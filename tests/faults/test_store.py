@@ -7,9 +7,9 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,21 +59,21 @@ def begin(root: Path, trials: int, evals: int, study: str | None = None) -> Stor
 def test_a_trial_is_written_down_once_when_the_answer_to_a_commit_is_lost(postgres_server, postgres_study, tmp_path):
     """The server has made it, and waits for a standby that never comes, when it is cut off, or says so at once."""
     store, rng, cut = begin(tmp_path, 2, 1, postgres_study), random.Random(0), 0
-    driver = threading.Thread(target=run_trials, args=(store,), daemon=True)
-    with psycopg.connect(host=str(postgres_server.socket), user="postgres", autocommit=True) as connection:
+    socket = str(postgres_server.socket)
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(host=socket, user="postgres", autocommit=True) as connection:
         connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         connection.execute("SELECT pg_reload_conf()")
         try:
-            driver.start()
-            while driver.is_alive():
+            driver = pool.submit(run_trials, store)
+            while not driver.done():
                 what = rng.choice(["terminate", "cancel"])
-                while driver.is_alive() and not (found := connection.execute(WAITING.format(what)).fetchall()):
+                while not driver.done() and not (found := connection.execute(WAITING.format(what)).fetchall()):
                     time.sleep(0.01)
                 cut += len(found) if what == "terminate" else 0
         finally:
             connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
             connection.execute("SELECT pg_reload_conf()")
-    driver.join()
+        driver.result()
     store.set_status("finished")
     figures = measure(tuner.open(NAME, tmp_path), cut)
     assert cut > 5
