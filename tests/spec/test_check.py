@@ -166,7 +166,7 @@ def test_a_space_of_one_point_is_a_space(messages_of):
 @pytest.mark.parametrize(
     "change",
     [
-        f"space.lora.r={{type: choice, values: {list(range(1, 15_000))}}}",
+        f"space.lora.r={{type: choice, values: {list(range(1, 19_000))}}}",
         f"search.enqueue=[{','.join(['{lora.r: 4}'] * 9_000)}]",
         "train={" + ", ".join(f"key{number}: 1" for number in range(9_000)) + "}",
     ],
@@ -175,7 +175,7 @@ def test_a_space_of_one_point_is_a_space(messages_of):
 def test_a_spec_as_large_as_may_be_is_checked_in_seconds(change, messages_of):
     began = time.monotonic()
     assert all(len(message) < 1000 for message in messages_of(change))
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 8
 
 
 def test_the_spec_that_the_table_breaks_is_good(messages_of):

@@ -328,7 +328,7 @@ def test_a_template_makes_text_and_drops_rows_without_a_value(tmp_path: Path) ->
         ("{}", "needs {column} fields"),
         ("{q.__class__}", "has no column 'q.__class__'"),
         ("{q:5.2f}", "a.jsonl, row 1: data.template"),
-        ("{q:>9999999999}", "data.template: '>9999999999' is no width or precision below 1000"),
+        ("{q:>99999999}", "data.template: '>99999999' is no width or precision below 1000"),
         ("{q:{q}}", "data.template: '{q}' is no width"),
     ],
 )
