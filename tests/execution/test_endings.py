@@ -62,6 +62,9 @@ def no_room_for_a_tensor() -> Exception:
         ([DISCONNECTED, torch.OutOfMemoryError("CUDA out of memory.")], "INFEASIBLE", "oom", "CUDA out of memory."),
         ([DISCONNECTED, OSError(errno.ENOSPC, "No space left on device")], "FAILED", "disk", "No space left"),
         ([DISCONNECTED, DEAD], "FAILED", "worker-lost", "The actor died unexpectedly"),
+        ([DISCONNECTED, RuntimeError("my own")], "FAILED", "bug", "RuntimeError: my own"),
+        ([KeyError("mine"), torch.distributed.DistBackendError("NCCL error")], "FAILED", "bug", "KeyError: 'mine'"),
+        ([DISCONNECTED], "FAILED", "worker-lost", "Connection closed by peer"),  # the other is seen a moment later
     ],
 )
 def test_what_the_workers_raised_decides_the_outcome(tmp_path: Path, failures, outcome, cause, reason):

@@ -30,6 +30,8 @@ FAILURE = "failure"
 """Key of a Tune result that is no evaluation: the trial's `Ending`, as JSON because Tune flattens what is nested."""
 PLACED = "placed"
 """Key of another, the first: every worker of the trial runs."""
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""Words of gloo and NCCL for a worker that is not there any more."""
 
 
 def job_of_workers(spec: SweepSpec, facts: dict[str, Any], placement: Placement, strategy: str) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _trainer(
 def explain(error: TrainingFailedError, log: Path) -> Ending:
     """Turn what Ray Train raised into an ending, with the end of the trial's log.
 
-    Where several workers failed, the one that says most counts: those that only lost another one come last.
+    Where several workers failed, the one that says most counts, and one that only lost another says nothing of itself.
     """
     failures: list[Exception] = [error]
     if isinstance(error, WorkerGroupError):
@@ -107,9 +109,15 @@ def explain(error: TrainingFailedError, log: Path) -> Ending:
     elif isinstance(error, ControllerError):
         failures = [error.controller_failure]
     telling = ("oom", "diverged", "budget", "strategy", "disk", "data", "refused", "worker-lost", "bug")
-    endings = [explain_failure(failure) for failure in failures]
+    endings = [explain_failure(failure) for failure in failures if not _lost_another(failure)]
+    endings = endings or [replace(explain_failure(failures[0]), cause="worker-lost")]
     ending = min(endings, key=lambda one: telling.index(one.cause) if one.cause in telling else 0)
     return replace(ending, log_tail=tail(log))
+
+
+def _lost_another(failure: Exception) -> bool:
+    """Whether a worker heard nothing more of another, as torch, gloo or NCCL put it."""
+    return type(failure).__module__ == "torch.distributed" or any(words in str(failure) for words in _GONE)
 
 
 def score_worker(loop: dict[str, Any]) -> dict[str, float]:
