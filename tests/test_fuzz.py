@@ -44,14 +44,17 @@ SPEC: dict[str, Any] = parse_yaml(GOOD) | {
     "search": {"enqueue": [{"lora.r": 4}], "sampler": "grid"},
     "train": {"packing": "bfd", "max_length": 10, "assistant_only_loss": True, "chat_template_path": "x.jinja"},
     "lora": {"target_modules": ["a"], "r": 4, "use_dora": True},
-    "resources": {"strategy": "ddp", "share_base": 3},
+    "resources": {"strategy": "zero2", "deepspeed": "x.json", "share_base": "off"},
     "objective": {"metric": "eval_loss"},
+    "model": {"name": "org/model", "attn_implementation": "sdpa", "gguf_file": "x.gguf"},
+    "data": {"path": "org/rows", "template": "{a}", "formatter": "a:b"},
     "promotion": {"server": "vllm"},
     "storage": {"study": "sqlite:///x", "root": "runs"},
     "stopping": {"type": "asha"},
 }
 ODD = [
     *(10**18, -1, 0, 1e308, float("inf"), float("nan"), "", "a\0b", "\ud800", "a" * 300, "../..", "/", "~nobody/x"),
+    *("/dev/zero", "/dev/null/x", "{a:>99999999}", "org/kernel", 9_999_999_999, list(range(1, 300))),
     *("package:", "package:..", "s3://", "${X}", "${", "sqlite:///", "\u202e", "\uff0e\uff0e/x", "none", "1e5"),
     *({"type": "choice"}, {"type": "choice", "values": []}, {"type": "choice", "values": [[1]]}, {"type": []}),
     *({"type": "int", "low": 2, "high": 1}, {"type": "int", "low": 0, "high": 10**18, "step": 1}),
