@@ -109,7 +109,7 @@ def test_when_the_head_s_own_records_are_lost_the_sweep_ends_and_goes_on_with_an
 
 def write(folder: Path, model: Path, name: str, at_once: int) -> None:
     resources = {"max_concurrent_trials": at_once, **RESOURCES[name]}
-    budget = {"trials": 2 * at_once, "epochs_per_trial": 16, "evals_per_trial": 8}
+    budget = {"trials": 2 * at_once, "epochs_per_trial": 8, "evals_per_trial": 8}
     write_spec(folder, model, name, budget=budget, resources=resources, promotion=None)
 
 

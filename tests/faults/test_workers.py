@@ -142,12 +142,12 @@ def test_an_engine_that_is_killed_costs_none_of_its_four_trials(tiny_model_dir, 
 
 def test_a_trial_that_diverges_ends_at_that_evaluation_and_no_other_does(tiny_model_dir, tmp_path, start, note):
     """The rate is 0 at the first step; the second makes weights of which the third loss is not a number."""
-    rates = [1e30, 2e-3, 0.5, 3e-3]
+    rates = [2e-3, 1e30, 3e-3]
     write_spec(
         tmp_path,
         tiny_model_dir,
         "diverged",
-        budget={"trials": 4, **BUDGET},
+        budget={"trials": 3, **BUDGET},
         train={"max_length": 64, "per_device_train_batch_size": 4, "gradient_checkpointing": False, "warmup_steps": 1},
         space={"train.learning_rate": {"type": "log_uniform", "low": 1e-3, "high": 1e31}},
         search={"sampler": "random", "enqueue": [{"train.learning_rate": rate} for rate in rates]},
@@ -155,14 +155,12 @@ def test_a_trial_that_diverges_ends_at_that_evaluation_and_no_other_does(tiny_mo
         promotion=None,
     )
     sweep = swept(start, tmp_path, "diverged", {})
-    ended = {0: ("INFEASIBLE", "diverged"), 2: ("INFEASIBLE", "diverged")}
-    figures = measure(sweep, 2, ended=ended, difference=difference_alone(sweep, [1, 3], tmp_path))
+    ended: dict[int, tuple[str, str | None]] = {1: ("INFEASIBLE", "diverged")}
+    figures = measure(sweep, 1, ended=ended, difference=difference_alone(sweep, [0, 2], tmp_path))
     nothing_lost(note("NaN at step 3", figures))
-    nan, _, far, _ = sweep.records()
-    assert nan.reason == "eval_loss is nan after 342 tokens", nan
-    assert far.reports[-1].eval_loss > 2 * sweep.baseline["eval_loss"], far
+    assert sweep.trial(1).reason == "eval_loss is nan after 343 tokens"  # of its first evaluation
     told = [sum(trial.constraints.values()) for trial in sweep.store.study.get_trials()]
-    assert told == [1, 0, 1, 0]
+    assert told == [0, 1, 0]
 
 
 def swept(start, folder: Path, name: str, environment: dict[str, str]) -> tuner.Sweep:

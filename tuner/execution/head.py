@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private.worker import global_worker
+from ray._private import worker as ray_worker
 from ray.exceptions import RpcError
 
 from tuner.errors import MachineError
@@ -36,7 +36,8 @@ def watched_head(store: Store, display: Display) -> Iterator[None]:
         yield
         return
     over, lost = threading.Event(), threading.Event()
-    client: Any = global_worker.gcs_client  # type: ignore[attr-defined]  # set when it connects
+    client: Any = ray_worker.global_worker.gcs_client  # type: ignore[attr-defined]  # set when it connects
+    node: Any = ray_worker._global_node
     driver = threading.get_ident()
     again = f"when there is a cluster again, `tuner resume {store.spec.name} --root {store.spec.storage.root}` goes on"
     said = f"the head of the Ray cluster at {client.address} does not answer: {again}"
@@ -57,6 +58,7 @@ def watched_head(store: Store, display: Display) -> Iterator[None]:
         if not over.wait(GOOD_ORDER_S):
             store.set_status("failed", said)
             display.stage(said)
+            node.kill_all_processes(check_alive=False)  # of a cluster that this driver has started
             os._exit(MachineError.exit_code)
 
     thread = threading.Thread(target=watch, name="head", daemon=True)
