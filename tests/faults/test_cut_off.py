@@ -61,6 +61,12 @@ def until(condition: Callable[[], object], running: Command, timeout_s: float = 
         time.sleep(0.02)
 
 
+def all_at(sweep: tuner.Sweep, tokens: int) -> bool:
+    """Whether the study knows what both trials scored there."""
+    trials = sweep.store.study.get_trials(deepcopy=False)
+    return len(trials) == 2 and all(tokens in trial.intermediate_values for trial in trials)
+
+
 @contextmanager
 def locked(database: Path) -> Iterator[None]:
     """Hold back every commit of others, as one that writes all the time would."""
@@ -75,8 +81,8 @@ def locked(database: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def story(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Two trials on one base, killed with all their training done, then one's state is cut short; gone on with by two
-    drivers at once; and killed again while the merged model is written and measured."""
+    """Two trials on one base, killed when all is trained and nothing of that written down; one's state is cut short, two
+    drivers go on at once; the one that does is killed while it measures the merged model."""
     story = Story(tmp_path_factory.mktemp("cut-off"))
     budget = {"trials": 2, "tokens_per_trial": BUDGET, "evals_per_trial": 4}
     file = write_spec(story.folder, tiny_model_dir, NAME, budget=budget, resources={"share_base": 2})
@@ -88,9 +94,9 @@ def story(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     try:
         running = start("run", file)
-        for number in (0, 1):
-            running.wait_for(f"trial {number} at {3 * BUDGET // 4:,} tokens")
+        running.wait_for("Searching: 2 trials")
         sweep = story.sweep
+        until(lambda: all_at(sweep, 3 * BUDGET // 4), running)  # all is written down: the last part is asked for
         last = [sweep.folder.adapter(number, BUDGET) for number in (0, 1)]
         with locked(sweep.folder.study):
             until(lambda: all(adapter.exists() for adapter in last), running)

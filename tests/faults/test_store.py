@@ -172,8 +172,9 @@ sa.event.listen(sa.Engine, "before_cursor_execute", count)
 sweep = tuner.open("kept", sys.argv[1])
 while True:
     before, since = asked, time.monotonic()
-    trials = sweep.results()["trials"]
-    reports = sum(len(trial["reports"]) for trial in trials)
+    trials = sweep.records()
+    reports = sum(len(trial.reports) for trial in trials)
+    sweep.results()
     print(json.dumps([asked - before, len(trials), reports, time.monotonic() - since]), flush=True)
     if sweep.status == "finished":
         break
