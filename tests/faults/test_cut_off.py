@@ -81,7 +81,7 @@ def locked(database: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def story(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Two trials on one base, killed when all is trained and nothing of that written down; one's state is cut short, two
+    """Two trials on one base, killed when all is trained and nothing of that is written; one's state is cut short, two
     drivers go on at once; the one that does is killed while it measures the merged model."""
     story = Story(tmp_path_factory.mktemp("cut-off"))
     budget = {"trials": 2, "tokens_per_trial": BUDGET, "evals_per_trial": 4}
