@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmarks import impossible
 from tests.benchmarks.measure import Measurement, PeerFailed, measure
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.table import LEGEND, largest_difference, read_results, table, with_table
@@ -139,6 +140,20 @@ def test_the_workloads_for_a_gpu_run_at_toy_size(tmp_path, name):
 def test_the_readme_has_the_table_of_the_committed_results():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert with_table(readme) == readme, "run `make readme`"
+
+
+def test_a_corner_without_memory_costs_plain_optuna_trials_and_this_service_few_or_none(tmp_path):
+    impossible.write_data(impossible.WORK, tmp_path)
+    found = impossible.alone(tmp_path, seed=0)
+    assert {len(started) for started in found.values()} == {impossible.SEARCHED}
+    plain, learning, estimating = (impossible.wasted(started) for started in found.values())
+    assert plain > learning > estimating == 0
+    assert impossible.again(found[impossible.LEARNING]) == 0
+
+
+def test_the_readme_has_what_was_measured_of_such_a_corner():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```text\n{impossible.RESULTS.read_text()}```" in readme
 
 
 def test_without_results_the_table_says_so(tmp_path):

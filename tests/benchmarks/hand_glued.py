@@ -20,8 +20,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 
 def train_worker(config: dict[str, Any]) -> None:
+    import resource
     import time
 
+    import psutil
     import torch
     from datasets import load_from_disk
     from peft import LoraConfig
@@ -34,6 +36,10 @@ def train_worker(config: dict[str, Any]) -> None:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             state.log_history.append({"began": time.time()})
+
+    if memory := config.get("memory"):  # bytes that may be allocated from here on
+        limit = psutil.Process().memory_info().data + memory
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
     bf16 = config["dtype"] == "bfloat16"
     every = config["steps"] // config["evals"]
@@ -91,7 +97,8 @@ def sweep(fixed: dict[str, Any], callbacks: Sequence[tune.Callback]) -> None:
     searched = not fixed["points"]
     tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, fixed=fixed), {"CPU": 0.01}),  # the worker takes the core
-        param_space={
+        param_space=fixed.get("space")
+        or {
             "learning_rate": tune.loguniform(*fixed["learning_rates"]),
             "lora_r": tune.choice(fixed["ranks"]),
         },
