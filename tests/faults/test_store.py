@@ -178,6 +178,7 @@ while True:
     print(json.dumps([asked - before, len(trials), reports, time.monotonic() - since]), flush=True)
     if sweep.status == "finished":
         break
+    time.sleep(0.5)
 """
 
 
