@@ -343,8 +343,8 @@ class Sweep:
         state, requests = self.state(), self.store.requests
         if state.status not in ACTIVE:
             raise TunerError(
-                f"{self.name!r} is {state.status}, so nothing can be asked of it: `tuner resume {self.name}` goes on with "
-                "it, with --set budget.trials=N to N trials"
+                f"{self.name!r} is {state.status}, so nothing can be asked of it: `tuner resume {self.name}` goes on "
+                "with it, with --set budget.trials=N to N trials"
             )
         if requests.of_one_host and state.host != socket.gethostname():
             raise TunerError(f"{self.name!r} runs on {state.host} (pid {state.pid}): say it there, or with --address")

@@ -204,8 +204,6 @@ def _life(
             continue  # it goes on from an evaluation further on
         call = actor.advance.remote(config, facts, until_tokens)
         yield call
-        if trials.is_cancelled(number):
-            break
         try:
             came_to: Report | Ending = ray.get(call)
         except RayError as error:
@@ -214,7 +212,7 @@ def _life(
         if isinstance(came_to, Ending):
             trials.failed(number, came_to)
             break
-        if trials.reported(number, came_to):
+        if trials.reported(number, came_to) or trials.is_cancelled(number):
             break
     yield actor.detach.remote(number)
     places.leave(actor, number)
