@@ -22,7 +22,7 @@ from test_shared import Sweep, configs_for, together
 from test_trial import spec_for
 from transformers import AutoModelForCausalLM
 
-from tests.made_by_hand import Bomb
+from tests.made_by_hand import plant
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
@@ -171,7 +171,7 @@ def test_a_pickle_in_a_checkpoint_runs_nothing(trial_of, tmp_path):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"):
         file = checkpoint / name
         before = file.read_bytes() if file.exists() else None
-        file.write_bytes(pickle.dumps(Bomb(mark)))
+        plant(file, mark)
         with suppress(pickle.UnpicklingError):
             again.run(evals=1)
         assert not mark.exists(), name

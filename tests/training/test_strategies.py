@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_trial import spec_for
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainingArguments
 
+from tests.made_by_hand import plant
 from tuner.errors import InfeasibleError
 from tuner.promotion.adapter import check_adapter
 from tuner.spec.batch import share_of_batch
@@ -123,6 +124,14 @@ def test_a_shared_trial_goes_on_from_its_last_evaluation(strategy, bench):
     again = bench.train(strategy, strategy)
     assert [report.step for report in again.reports] == [report.step for report in first.reports[-2:]]
     assert again.reports[-1].eval_loss == pytest.approx(first.reports[-1].eval_loss, abs=1e-6)
+
+
+def test_a_pickle_in_a_sharded_checkpoint_runs_nothing(bench, tmp_path):
+    bench.train("bomb", "zero2")
+    (states,) = (bench.folder / "bomb" / "checkpoints").glob("checkpoint-*/global_step*/mp_rank_00_model_states.pt")
+    plant(states, tmp_path / "mark")
+    assert bench.train("bomb", "zero2").error is not None
+    assert not (tmp_path / "mark").exists()
 
 
 def test_one_worker_may_offload_what_zero_3_shards(bench):

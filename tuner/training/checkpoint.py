@@ -8,10 +8,15 @@ files, is not whole, and nobody goes on from it.
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from transformers.training_args import OptimizerNames
 
@@ -22,6 +27,7 @@ from tuner.training.cache import checksums
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
+_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _STATE_ELSEWHERE = ("galore", "apollo", "lomo", "adalomo")
 """Optimizers whose state is no plain tensors, or not in their state at all: no checkpoint would hold it."""
 
@@ -37,6 +43,24 @@ class Checkpoint:
 
     folder: Path
     report: Report
+
+
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Meanwhile `torch.load` reads tensors and plain values, whatever its caller allows: DeepSpeed allows all."""
+    known: list[Any] = []
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    os.environ[_ONLY_WEIGHTS] = "1"
+    try:
+        with torch.serialization.safe_globals(known):
+            yield
+    finally:
+        del os.environ[_ONLY_WEIGHTS]
 
 
 def newest_checkpoint(folder: Path, root: Root) -> Checkpoint | None:

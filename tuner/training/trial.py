@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_rows, refuse_changed_data
 from tuner.training.budget import StepPlan, plan_steps
-from tuner.training.checkpoint import can_go_on, complete_checkpoint, newest_checkpoint
+from tuner.training.checkpoint import can_go_on, complete_checkpoint, newest_checkpoint, only_weights
 from tuner.training.dataset import DEFAULT_SEED
 from tuner.training.evaluation import Score, score
 from tuner.training.model import load_model, load_tokenizer
@@ -82,7 +83,8 @@ def run_trial(
         print(f"trial {config['number']} goes on from its last evaluation", flush=True)
     last = cut_off.report if cut_off else None
     planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, last, moved))
-    planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
+    with only_weights() if cut_off else nullcontext():
+        planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
 
 
 def score_untuned(
