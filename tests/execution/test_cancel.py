@@ -70,6 +70,7 @@ def file(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.mark.faults
 def test_a_trial_in_a_process_of_its_own_is_cancelled_and_the_sweep_takes_a_point_and_more_trials(file):
     said: dict[str, Any] = {}
 
