@@ -219,6 +219,13 @@ def test_a_name_that_is_taken_in_a_shared_database_is_refused_and_nothing_is_lef
     assert list((two / "sweeps").iterdir()) == []
 
 
+def test_a_database_that_cannot_be_opened_is_refused_and_leaves_nothing(tmp_path):
+    spec = make_spec(tmp_path, storage={"root": str(tmp_path), "study": f"sqlite:///{tmp_path}/no/such/folder/s.db"})
+    with pytest.raises(TunerError, match=r"storage\.study: the database cannot be used: unable to open"):
+        Store.create(spec)
+    assert not list(tmp_path.glob("sweeps/*"))
+
+
 @pytest.mark.sqlite
 def test_two_sweeps_in_one_database_do_not_mix(tmp_path):
     storage = {"root": str(tmp_path), "study": f"sqlite:///{tmp_path}/shared.db"}

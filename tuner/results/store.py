@@ -105,10 +105,10 @@ class Store:
     def _create_tables(self) -> None:
         import optuna
 
-        if self._url.get_backend_name() == "sqlite":
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         with one_at_a_time(self._engine):
+            if self._url.get_backend_name() == "sqlite":
+                with self._engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             storage = self._optuna_storage(create=True)
             try:
                 optuna.create_study(study_name=self.spec.name, storage=storage, direction=self.spec.objective.goal)
