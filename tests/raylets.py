@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -92,13 +92,14 @@ def _ip(*arguments: str) -> None:
 class Raylets:
     """A running cluster. The head has no CPUs: it coordinates, as the head of a cloud's cluster should."""
 
-    def __init__(self, network: Network | None):
+    def __init__(self, network: Network | None, environment: Mapping[str, str]):
         self.network = network
         self._host = network.address if network else "127.0.0.1"
         port = free_port()
         self.address = f"{self._host}:{port}"
         self.dashboard = f"http://127.0.0.1:{free_port()}"
         self.environment = {
+            **environment,
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -168,10 +169,10 @@ def _read(file: IO[str]) -> str:
 
 
 @contextmanager
-def raylets(*cpus: int) -> Iterator[Raylets]:
-    """A head without CPUs, and a worker raylet with each of these numbers of them."""
+def raylets(*cpus: int, **environment: str) -> Iterator[Raylets]:
+    """A head without CPUs, and a worker raylet with each of these numbers of them; all with variables beside ours."""
     network = None if Network.why_not() else Network()
-    cluster = Raylets(network)
+    cluster = Raylets(network, environment)
     try:
         cluster.start_head()
         for count in cpus:

@@ -83,9 +83,10 @@ def killed(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factor
             "resources": {"workers_per_trial": 2, "strategy": way},
         }
     write_spec(folder, tiny_model_dir, way, promotion=None, **sections)
-    with nullcontext() if way == "alone" else raylets(4) as cluster:  # room for two trials of two workers
-        there = cluster.environment if cluster else {}
-        command = Command("run", f"{way}.yaml", "--root", "runs", cwd=folder, **there | deaths.environment)
+    several = raylets(4, **deaths.environment)  # room for two trials of two workers
+    with nullcontext() if way == "alone" else several as cluster:
+        there = cluster.environment if cluster else deaths.environment
+        command = Command("run", f"{way}.yaml", "--root", "runs", cwd=folder, **there)
         try:
             assert command.end(220) == 0, command.lines
         finally:
