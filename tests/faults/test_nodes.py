@@ -17,7 +17,7 @@ from tests.raylets import Raylets, raylets
 from tests.real_sweeps import Command, write_spec
 from tuner.results.record import TrialRecord, utc_now
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(360)]
 
 GCS = "gcs_server"
 RESOURCES = {"alone": {"share_base": "off"}, "engine": {"share_base": 1}, "workers": {"workers_per_trial": 2}}
@@ -61,7 +61,7 @@ def test_a_sweep_without_a_head_ends_with_a_word_and_goes_on_when_there_is_one_a
     with raylets(2, 2) as cluster:
         for name, folder in folders.items():
             folder.mkdir()
-            write(folder, tiny_model_dir, name, at_once=2, epochs=32)
+            write(folder, tiny_model_dir, name, at_once=2, epochs=96)  # more than the minute it takes to notice
             drivers[name] = start("run", f"{name}.yaml", "--root", "runs", cwd=folder, **cluster.environment)
         for driver in drivers.values():
             driver.wait_for("trial 0 at ")

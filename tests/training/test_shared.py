@@ -257,6 +257,7 @@ def test_a_detached_slot_leaves_nothing_behind(sweep, engine):
 def test_a_slot_goes_on_from_what_its_engine_left_behind(sweep, alone):
     """Optimizer, schedule, position in the data and losses: as if nothing had happened between the two engines."""
     config, ahead = configs_for(sweep.spec)[1], milestones(TOKENS, EVALS)
+    sweep.state(1).unlink(missing_ok=True)
     first = sweep.engine()
     first.attach(config)
     reports = [first.advance(1, milestone) for milestone in ahead[:5]]
@@ -271,6 +272,7 @@ def test_a_slot_goes_on_from_what_its_engine_left_behind(sweep, alone):
 
 def test_a_slot_whose_state_was_cut_short_begins_again(sweep, alone, capsys):
     config, ahead = configs_for(sweep.spec)[1], milestones(TOKENS, EVALS)
+    sweep.state(1).unlink(missing_ok=True)
     first = sweep.engine()
     first.attach(config)
     first.advance(1, ahead[0])

@@ -214,6 +214,7 @@ def a_large_model(folder: Path) -> Path:
         num_key_value_heads=4,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
     return folder
 
 

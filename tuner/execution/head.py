@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import RpcError
@@ -37,7 +38,6 @@ def watched_head(store: Store, display: Display) -> Iterator[None]:
         return
     over, lost = threading.Event(), threading.Event()
     client: Any = ray_worker.global_worker.gcs_client  # type: ignore[attr-defined]  # set when it connects
-    node: Any = ray_worker._global_node
     driver = threading.get_ident()
     again = f"when there is a cluster again, `tuner resume {store.spec.name} --root {store.spec.storage.root}` goes on"
     said = f"the head of the Ray cluster at {client.address} does not answer: {again}"
@@ -58,7 +58,11 @@ def watched_head(store: Store, display: Display) -> Iterator[None]:
         if not over.wait(GOOD_ORDER_S):
             store.set_status("failed", said)
             display.stage(said)
-            node.kill_all_processes(check_alive=False)  # of a cluster that this driver has started
+            for process in psutil.Process().children(
+                recursive=True
+            ):  # the cluster it has started, if any
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             os._exit(MachineError.exit_code)
 
     thread = threading.Thread(target=watch, name="head", daemon=True)
