@@ -58,9 +58,7 @@ def watched_head(store: Store, display: Display) -> Iterator[None]:
         if not over.wait(GOOD_ORDER_S):
             store.set_status("failed", said)
             display.stage(said)
-            for process in psutil.Process().children(
-                recursive=True
-            ):  # the cluster it has started, if any
+            for process in psutil.Process().children(recursive=True):  # the cluster it has started, if any
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             os._exit(MachineError.exit_code)
