@@ -19,6 +19,8 @@ LOOK_S = 0.5
 """Seconds between two looks. A process that could not even look was stopped, not stuck, and is given that time back."""
 PARTING_S = 60.0
 """How long a process that is stuck may take to say so."""
+FRAMES = 25
+"""The innermost calls of the watched thread that are told."""
 STDERR = 2
 
 
@@ -105,12 +107,17 @@ class Watch:
             os._exit(1)
 
 
-def stacks(last: int) -> str:
-    """What every thread of this process is doing, the thread of this identifier last."""
+def stacks(watched: int) -> str:
+    """Where every thread of this process is, and last, with all it has come through, the one of this identifier.
+
+    So short that those of two workers stand in the last lines of a trial's log.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = sorted(sys._current_frames().items(), key=lambda one: one[0] == last)
+    frames = sorted(sys._current_frames().items(), key=lambda one: one[0] == watched)
     return "\n".join(
-        f"Thread {names.get(thread, thread)}:\n{''.join(traceback.format_stack(frame))}" for thread, frame in frames
+        f"Thread {names.get(thread, thread)}:\n"
+        + "".join(traceback.format_stack(frame)[-FRAMES if thread == watched else -1 :])
+        for thread, frame in frames
     )
 
 
