@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(360)]
 
 GCS = "gcs_server"
 RESOURCES = {"alone": {"share_base": "off"}, "engine": {"share_base": 1}, "workers": {"workers_per_trial": 2}}
+LONG = {"alone": 64, "engine": 192}
+"""Epochs of a trial that lasts longer than it takes to notice that the head is gone."""
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def cluster() -> Iterator[Raylets]:
 def test_the_trials_of_a_node_that_is_lost_are_tried_again_on_another(
     cluster, tiny_model_dir, tmp_path, start, note, name
 ):
-    write(tmp_path, tiny_model_dir, name, at_once=2)
+    write(tmp_path, tiny_model_dir, name, trials=4, at_once=2)
     running = start("run", f"{name}.yaml", "--root", "runs", cwd=tmp_path, **cluster.environment)
     running.wait_for("trial 0 at ")
     running.wait_for("trial 1 at ")
@@ -61,7 +63,7 @@ def test_a_sweep_without_a_head_ends_with_a_word_and_goes_on_when_there_is_one_a
     with raylets(2, 2) as cluster:
         for name, folder in folders.items():
             folder.mkdir()
-            write(folder, tiny_model_dir, name, at_once=2, epochs=96)  # more than the minute it takes to notice
+            write(folder, tiny_model_dir, name, trials=2, at_once=2, epochs=LONG[name])
             drivers[name] = start("run", f"{name}.yaml", "--root", "runs", cwd=folder, **cluster.environment)
         for driver in drivers.values():
             driver.wait_for("trial 0 at ")
@@ -94,7 +96,7 @@ def test_when_the_head_s_own_records_are_lost_the_sweep_ends_and_goes_on_with_an
 ):
     """Of a cluster that the sweep has started itself, for trials of two workers each."""
     name = "workers"
-    write(tmp_path, tiny_model_dir, name, at_once=1)
+    write(tmp_path, tiny_model_dir, name, trials=2, at_once=1)
     running = start("run", f"{name}.yaml", "--root", "runs", cwd=tmp_path)
     running.wait_for("trial 0 at ")
     fault = utc_now()
@@ -110,9 +112,9 @@ def test_when_the_head_s_own_records_are_lost_the_sweep_ends_and_goes_on_with_an
     assert (figures.lost, figures.duplicated) == (0, 0)
 
 
-def write(folder: Path, model: Path, name: str, at_once: int, epochs: int = 8) -> None:
+def write(folder: Path, model: Path, name: str, trials: int, at_once: int, epochs: int = 8) -> None:
     resources = {"max_concurrent_trials": at_once, **RESOURCES[name]}
-    budget = {"trials": 2 * at_once, "epochs_per_trial": epochs, "evals_per_trial": 8}
+    budget = {"trials": trials, "epochs_per_trial": epochs, "evals_per_trial": 8}
     write_spec(folder, model, name, budget=budget, resources=resources, promotion=None)
 
 
