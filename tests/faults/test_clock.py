@@ -12,7 +12,7 @@ import tuner
 from tests.faults.matrix import measure
 from tests.real_sweeps import write_spec
 from tuner.execution.events import Silent
-from tuner.results import record, store
+from tuner.results import alive, record, store
 from tuner.spec.load import load_spec
 from tuner.spec.trial import Report
 
@@ -33,7 +33,7 @@ class Jumps(Silent):
         if number not in self.by:
             return
         by = self.by.pop(number)
-        for module in (record, store):
+        for module in (alive, record, store):
             self._patch.setattr(module, "utc_now", lambda: datetime.now(UTC) + timedelta(seconds=by))
         self._patch.setattr(time, "time", lambda: self._time() + by)
         rival = self._start()

@@ -19,6 +19,7 @@ import pytest
 from made_by_hand import BUDGET, TRIALS, Made, add_trial, make_report, make_spec, make_sweep
 
 from tuner.errors import NotFoundError, SpecError, TunerError
+from tuner.results import alive
 from tuner.results import record as record_module
 from tuner.results import store as store_module
 from tuner.results.record import utc_now
@@ -162,8 +163,8 @@ def test_a_clock_that_jumps_lets_no_second_driver_in_and_lasts_no_time(tmp_path,
     def clock() -> datetime:
         return datetime.now(UTC) + timedelta(hours=hours)
 
-    monkeypatch.setattr(store_module, "utc_now", clock)
-    monkeypatch.setattr(record_module, "utc_now", clock)
+    for module in (store_module, record_module, alive):
+        monkeypatch.setattr(module, "utc_now", clock)
     monkeypatch.setattr(store_module, "BEAT_S", 1.0)
     rival = Store.open(store.folder)
     seen = rival.status()
@@ -183,10 +184,10 @@ def test_a_clock_that_jumps_lets_no_second_driver_in_and_lasts_no_time(tmp_path,
 def test_a_driver_whose_process_is_gone_is_not_waited_for_and_one_elsewhere_is(tmp_path):
     store = make_sweep(tmp_path, TRIALS[:1], status=None)
     dead = replace(store.status(), heartbeat=utc_now() - timedelta(hours=1))
-    assert not store_module.may_live(replace(dead, pid=2**22 + 1))
-    assert not store_module.may_live(replace(dead, finished=utc_now()))
-    assert store_module.may_live(replace(dead, pid=2**22 + 1, host="elsewhere"))
-    assert store_module.may_live(dead)
+    assert not alive.may_live(replace(dead, pid=2**22 + 1))
+    assert not alive.may_live(replace(dead, finished=utc_now()))
+    assert alive.may_live(replace(dead, pid=2**22 + 1, host="elsewhere"))
+    assert alive.may_live(dead)
 
 
 @pytest.mark.sqlite
@@ -347,13 +348,13 @@ def test_a_sweep_is_interrupted_once_its_driver_is_silent_or_gone(tmp_path, monk
     store = make_sweep(tmp_path, [], status=None)
     now = store.status()
     assert now.status == "running"
-    assert store_module.driver_lives(now)
+    assert alive.driver_lives(now)
     stale = utc_now() - timedelta(seconds=61)
-    assert not store_module.driver_lives(replace(now, heartbeat=stale))
-    assert not store_module.driver_lives(replace(now, host="elsewhere", heartbeat=stale))
-    assert store_module.driver_lives(replace(now, host="elsewhere", pid=2**22 + 1))
-    assert not store_module.driver_lives(replace(now, pid=2**22 + 1))
-    monkeypatch.setattr(store_module, "STALE_AFTER_S", 0.0)
+    assert not alive.driver_lives(replace(now, heartbeat=stale))
+    assert not alive.driver_lives(replace(now, host="elsewhere", heartbeat=stale))
+    assert alive.driver_lives(replace(now, host="elsewhere", pid=2**22 + 1))
+    assert not alive.driver_lives(replace(now, pid=2**22 + 1))
+    monkeypatch.setattr(alive, "STALE_AFTER_S", 0.0)
     assert store.status().status == "interrupted"
     store.set_status("finished")
     assert store.status().status == "finished"
@@ -365,8 +366,8 @@ def test_a_process_that_took_over_the_pid_is_not_the_driver(tmp_path):
     try:
         before_it_was_born = utc_now() - timedelta(seconds=30)
         status = replace(store.status(), pid=child.pid, heartbeat=before_it_was_born)
-        assert not store_module.driver_lives(status)
-        assert store_module.driver_lives(replace(status, heartbeat=utc_now()))
+        assert not alive.driver_lives(status)
+        assert alive.driver_lives(replace(status, heartbeat=utc_now()))
     finally:
         child.communicate(b"\n")
 

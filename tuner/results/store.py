@@ -17,11 +17,11 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import sqlalchemy as sa
 
 from tuner.errors import NotFoundError, TunerError
 from tuner.results import tables
+from tuner.results.alive import BEAT_S, driver_lives, may_live
 from tuner.results.database import connect, database_url, engine_options, one_at_a_time, persistent, say_away
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
@@ -36,11 +36,6 @@ from tuner.spec.trial import Attempt, Outcome, Report, TrialConfig
 
 if TYPE_CHECKING:
     import optuna
-
-STALE_AFTER_S = 60.0
-"""A driver whose last sign of life is so long ago is taken for dead."""
-BEAT_S = 20.0
-"""A driver gives one at least so often."""
 
 
 class Store:
@@ -357,30 +352,6 @@ class Store:
             raise NotFoundError(f"sweep {self.spec.name!r} is not in its database")
         status = tables.sweep_status(row)
         return status if status.status not in ACTIVE or driver_lives(status) else tables.interrupted(status)
-
-
-def driver_lives(status: SweepStatus) -> bool:
-    """Whether the driver has shown a sign of life lately and, when it is on this host, is still that process."""
-    if status.heartbeat is None or abs((utc_now() - status.heartbeat).total_seconds()) > STALE_AFTER_S:
-        return False
-    born = _born(status)
-    return born is not None and born <= status.heartbeat.timestamp() + 5
-
-
-def may_live(status: SweepStatus) -> bool:
-    """Whether a driver that looks dead may not be: until it beats again, a clock that was set makes it look so."""
-    return status.finished is None and status.heartbeat is not None and _born(status) is not None
-
-
-def _born(status: SweepStatus) -> float | None:
-    """When the process with the driver's id was born, by this host's clock; None when there is none, 0 elsewhere."""
-    if status.pid is None or status.host != socket.gethostname():
-        return 0.0
-    try:
-        process = psutil.Process(status.pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
 
 
 def _spec_of(folder: SweepFolder) -> SweepSpec:
