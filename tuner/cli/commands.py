@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tuner.cli import reading
 from tuner.cli.anywhere import (
     AddressOption,
     AllowOption,
@@ -23,7 +24,8 @@ from tuner.cli.anywhere import (
     anywhere,
     leave_the_job_s_folder,
 )
-from tuner.cli.output import Format, as_text, deliver, export, print_json, say_next
+from tuner.cli.options import JsonOption, QuietOption, RootOption, SetOption, SpecFile, SweepName, TrialNumber
+from tuner.cli.output import print_json, say_next
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -64,16 +66,6 @@ def _version(wanted: bool) -> None:
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-
-TrialNumber = Annotated[int | None, typer.Argument(metavar="TRIAL", help="Number of the trial. [the best]")]
-RootOption = Annotated[
-    str | None, typer.Option("--root", metavar="DIR", help="Folder or s3:// URL of all sweeps (or TUNER_ROOT). [runs]")
-]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=V", help="Override a key of the spec.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors and the results.")]
-SweepName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the sweep.")]
-SpecFile = Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's YAML file.")]
 
 
 @app.callback()
@@ -192,148 +184,8 @@ def resume(
     raise typer.Exit(_print_end(sweep, root))
 
 
-@app.command("ls")
-@anywhere
-def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
-    """List the sweeps, newest first."""
-    from tuner.api import overview
-    from tuner.cli.screens import show_overview
-    from tuner.results.record import finite, iso
-    from tuner.spec.layout import absolute_root, default_root
-
-    rows = overview(root)
-    if as_json:
-        print_json([finite(row | {"created": iso(row["created"])}) for row in rows])
-    elif rows:
-        show_overview(rows)
-        say_next(f"status {rows[0]['name']}", root)
-    else:
-        typer.echo(f"no sweeps in {absolute_root(root) if root else default_root()} yet")
-        say_next("run FILE", root)
-
-
-@app.command()
-@anywhere
-def status(name: SweepName, root: RootOption = None, as_json: JsonOption = False) -> None:
-    """Show how a sweep stands, on one screen."""
-    from tuner.api import open
-    from tuner.cli.screens import show_status
-    from tuner.results.query import status_document
-
-    sweep = open(name, root)
-    state, records = sweep.state(), sweep.records()
-    if as_json:
-        print_json(status_document(sweep.spec, state, records))
-    else:
-        show_status(sweep.spec, state, records)
-        resumable = state.status in ("queued", "interrupted", "cancelled")
-        say_next(f"{'resume' if resumable else 'results'} {name}", root)
-
-
-@app.command()
-@anywhere
-def results(
-    name: SweepName,
-    as_json: JsonOption = False,
-    format: Annotated[Format | None, typer.Option("--format", help="Print a table in this format.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    sort: Annotated[str | None, typer.Option(help="Order by KEY, by -KEY descending. [best first]")] = None,
-    where: Annotated[
-        str | None, typer.Option(help='Only trials with, say, "lora.r>=16 and outcome==COMPLETED".')
-    ] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="At most so many trials.")] = None,
-    root: RootOption = None,
-) -> None:
-    """Show or export the trials, best first.
-
-    The leaderboard starts with the untuned base; --json and --format write every trial for programs.
-    """
-    from tuner.api import open
-
-    sweep = open(name, root)
-    if as_json and format:
-        raise typer.BadParameter("--json and --format exclude each other")
-    if as_json:
-        deliver(as_text(sweep.results(where, sort, top)) + "\n", output)
-    elif format:
-        export(sweep.trials(where, sort, top), format, output)
-    elif output:
-        raise typer.BadParameter("--output goes with --json or --format")
-    else:
-        from tuner.cli.screens import show_endings, show_leaderboard
-        from tuner.results.query import select
-
-        records = sweep.records()
-        shown = select(records, sweep.spec, where, sort, top)
-        show_leaderboard(sweep.spec, sweep.state(), records, shown)
-        show_endings(shown)
-        say_next(f"show {name}", root)
-
-
-@app.command()
-@anywhere
-def show(
-    name: SweepName,
-    trial: TrialNumber = None,
-    root: RootOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show one trial: configuration, evaluations, reason, log."""
-    from tuner.api import open
-    from tuner.cli.screens import show_trial
-    from tuner.errors import NotFoundError
-    from tuner.results.query import trial_document
-
-    sweep = open(name, root)
-    record = sweep.best if trial is None else sweep.trial(trial)
-    if record is None:
-        raise NotFoundError(f"sweep {name!r} has no best trial yet; `tuner show {name} TRIAL` shows any other")
-    if as_json:
-        print_json(trial_document(record))
-    else:
-        show_trial(record)
-        promotable = record.adapter_path and record.number != (sweep.state().promoted or {}).get("trial")
-        say_next(f"promote {name} {record.number}" if promotable else f"report {name}", root)
-
-
-@app.command()
-def verify(
-    name: SweepName,
-    trial: TrialNumber = None,
-    root: RootOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Rerun a trial alone, from its seed, and print the differences."""
-    from tuner.api import open
-    from tuner.cli.screens import show_comparison
-    from tuner.execution.logs import library_output_to
-
-    sweep = open(name, root)
-    typer.echo(f"training a trial of {name} again, alone, as far as its record goes", err=True)
-    with library_output_to(sweep.folder.verify_log):
-        found = sweep.verify(trial)
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        show_comparison(found)
-        say_next(f"show {name} {found.number}", root)
-    raise typer.Exit(0 if found.agrees else 1)
-
-
-@app.command()
-@anywhere
-def report(
-    name: SweepName,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    root: RootOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write the whole sweep as a Markdown page."""
-    from tuner.api import open
-
-    sweep = open(name, root)
-    page = sweep.report()
-    deliver(as_text({"sweep": name, "markdown": page}) + "\n" if as_json else page, output)
+for command in (reading.ls, reading.status, reading.results, reading.show, reading.verify, reading.report):
+    app.command()(command)
 
 
 @app.command()
