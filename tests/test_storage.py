@@ -19,6 +19,7 @@ from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.promotion.registry import Version, current, history, next_version, publish, rollback, staging, versions
 from tuner.results.store import Store, sweep_names
 from tuner.spec.layout import Root
+from tuner.training.cache import checksums
 from tuner.training.checkpoint import newest_checkpoint
 
 
@@ -121,7 +122,8 @@ def test_a_trial_goes_on_from_a_checkpoint_of_another_node_but_not_from_half_a_o
         folder = save_adapter(sweep.trial_checkpoints(3) / f"checkpoint-{step}", str(step).encode())
         root.keep(folder, stays=True)
         if whole:
-            (folder / "report.json").write_text(json.dumps(make_report(step * 100, 2.0).as_dict()))
+            written = {**make_report(step * 100, 2.0).as_dict(), "files": checksums(folder)}
+            (folder / "report.json").write_text(json.dumps(written))
             root.keep(folder / "report.json", stays=True)
     there = elsewhere.sweep("demo")
     assert there.goes_on(3)
