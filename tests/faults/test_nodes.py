@@ -115,7 +115,9 @@ def test_when_the_head_s_own_records_are_lost_the_sweep_ends_and_goes_on_with_an
 def write(folder: Path, model: Path, name: str, trials: int, at_once: int, epochs: int = 8) -> None:
     resources = {"max_concurrent_trials": at_once, **RESOURCES[name]}
     budget = {"trials": trials, "epochs_per_trial": epochs, "evals_per_trial": 8}
-    write_spec(folder, model, name, budget=budget, resources=resources, promotion=None)
+    # At a high rate, roundings would grow over so many steps to more than what is looked for.
+    space = {"train.learning_rate": {"type": "log_uniform", "low": 1e-5, "high": 5e-5}}
+    write_spec(folder, model, name, budget=budget, resources=resources, space=space, promotion=None)
 
 
 def went_on_after(sweep: tuner.Sweep, fault: datetime, restarted: datetime) -> float:
