@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.spec.sweep import SweepSpec
+from tuner.training.identity import sha256
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("tuner", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "optuna", "ray")
@@ -28,10 +28,6 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def public_spec(spec: SweepSpec) -> dict[str, Any]:
@@ -54,8 +50,5 @@ def library_versions() -> dict[str, str]:
 
 def weight_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every safetensors file, by name."""
-    hashes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    files = sorted(folder.glob("*.safetensors"))
+    return {path.name: sha256(path, path.stat().st_mtime_ns).hexdigest() for path in files}

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def identify(model: Mapping[str, Any]) -> dict[str, str]:
         return {"commit": model["revision"]}
     names = [model["gguf_file"]] if model["gguf_file"] else sorted(os.listdir(place))
     files = [place / name for name in names if model["gguf_file"] or name.endswith(_LOADED)]
-    return {file.name: _sha256(file) for file in files if file.is_file()}
+    return {file.name: sha256(file, file.stat().st_mtime_ns).hexdigest() for file in files if file.is_file()}
 
 
 def changes_of_base(model: Mapping[str, Any], now: Mapping[str, str], known: Mapping[str, str]) -> list[str]:
@@ -65,6 +66,8 @@ def changes_of_base(model: Mapping[str, Any], now: Mapping[str, str], known: Map
     return [f"the base {model['name']} has changed since the sweep began: {', '.join(changed)}"] if changed else []
 
 
-def _sha256(file: Path) -> str:
+@lru_cache
+def sha256(file: Path, modified_ns: int) -> Any:
+    """The hash of what a file holds, which is read once in a process; to be copied before it is updated."""
     with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return hashlib.file_digest(content, "sha256")

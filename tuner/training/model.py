@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tuner.errors import TunerError
 from tuner.training.cache import make_once
-from tuner.training.identity import place_of_base
+from tuner.training.identity import place_of_base, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,17 +109,11 @@ def pretrained_source(model: dict[str, Any], cache: Path) -> tuple[str, dict[str
 def _converted_gguf(folder: str, model: dict[str, Any], cache: Path) -> Path:
     """Convert a GGUF file to safetensors once per (file, dtype); two processes may ask at the same time."""
     gguf = Path(folder) / model["gguf_file"]
-    digest = _digest(gguf, gguf.stat().st_mtime_ns).copy()
+    digest = sha256(gguf, gguf.stat().st_mtime_ns).copy()
     digest.update(model["dtype"].encode())
     target = cache / "models" / digest.hexdigest()[:16]
     make_once(target, lambda working: _convert_gguf(folder, model, working))
     return target
-
-
-@lru_cache
-def _digest(file: Path, modified_ns: int) -> Any:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256")
 
 
 def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str, Any]:
