@@ -12,6 +12,11 @@ TIMES = {"worker-lost": 2, "preempted": 5, "stuck": 1}
 """Further attempts between two evaluations, by causes that lie outside the trial; a trial's evaluations bound them."""
 
 
+def may_pass(ending: Ending) -> bool:
+    """Whether another attempt may turn it out better, if there have not been too many."""
+    return ending.cause == "oom" or ending.cause in TIMES
+
+
 def failed_attempt(
     config: TrialConfig, ending: Ending, reached: int, tried: Sequence[Attempt], workers: int
 ) -> Attempt | None:

@@ -11,7 +11,7 @@ from tuner.execution.halt import Halt
 from tuner.execution.impossible import Impossible
 from tuner.execution.last_words import in_its_own_words
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
-from tuner.execution.retries import as_changed, failed_attempt
+from tuner.execution.retries import as_changed, failed_attempt, may_pass
 from tuner.execution.steering import Steering
 from tuner.results.store import Store
 from tuner.search.study import Search
@@ -139,6 +139,8 @@ class Trials:
         return replace(ending, log_tail=tail(folder.trial_log(number)) or tail(folder.log))
 
     def _try_again(self, config: TrialConfig, ending: Ending) -> bool:
+        if not may_pass(ending):
+            return False
         number = config["number"]
         tried, workers = self._store.tried(number), self._store.spec.resources.workers_per_trial
         reports = self._store.reports([number])
