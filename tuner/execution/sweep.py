@@ -100,16 +100,14 @@ def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]
         store.set_status("interrupted")
         raise
     except Exception as error:
-        full = is_full_disk(error)
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if full:
-            name, root = store.spec.name, store.spec.storage.root
-            said = f"the disk of {root} is full: make space, then `tuner resume {name} --root {root}` goes on"
-        with suppress(Exception) if full else nullcontext():  # there may be no room to record even that
+        if not is_full_disk(error):
+            store.set_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+        name, root = store.spec.name, store.spec.storage.root
+        said = f"the disk of {root} is full: make space, then `tuner resume {name} --root {root}` goes on"
+        with suppress(Exception):  # there may be no room to record even that
             store.set_status("failed", said)
-        if full:
-            raise DiskFullError(said) from error
-        raise
+        raise DiskFullError(said) from error
     finally:
         if log_output:
             store.folder.root.keep(store.folder.log, stays=True)

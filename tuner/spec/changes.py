@@ -31,9 +31,8 @@ def with_more_budget(spec: SweepSpec, overrides: Sequence[str]) -> SweepSpec:
     if not overrides:
         return spec
     values = apply_overrides(parse_yaml(dump_spec(spec)), overrides)
-    changed, problems = check_values(
-        values, Path(os.sep), spec.storage.root, elsewhere=True
-    )  # the sweep found its files
+    # The sweep has found its files, be they here or elsewhere.
+    changed, problems = check_values(values, Path(os.sep), spec.storage.root, elsewhere=True)
     if changed is None:
         raise SpecError(problems, "--set")
     problems = [

@@ -81,15 +81,19 @@ def _check_range(at: str, distribution: Distribution) -> list[Problem]:
 def _check_choices(at: str, values: list[Any]) -> list[Problem]:
     found, seen = [], set()
     for index, value in enumerate(values):
-        one = (isinstance(value, bool), value)
-        if one in seen:
+        if _told_apart(value) in seen:
             found.append(Problem(f"{at}.values[{index}]", f"{show(value)} again", "each value once"))
-        seen.add(one)
+        seen.add(_told_apart(value))
     return found
 
 
+def _told_apart(value: Any) -> tuple[bool, Any]:
+    """To compare by: to Python, true is 1."""
+    return isinstance(value, bool), value
+
+
 def _same(one: Any, other: Any) -> bool:
-    return one == other and isinstance(one, bool) == isinstance(other, bool)
+    return _told_apart(one) == _told_apart(other)
 
 
 def _check_values(key: str, distribution: Distribution) -> list[Problem]:
