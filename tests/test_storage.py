@@ -122,7 +122,7 @@ def test_a_trial_goes_on_from_a_checkpoint_of_another_node_but_not_from_half_a_o
         folder = save_adapter(sweep.trial_checkpoints(3) / f"checkpoint-{step}", str(step).encode())
         root.keep(folder, stays=True)
         if whole:
-            written = {**make_report(step * 100, 2.0).as_dict(), "files": checksums(folder)}
+            written = {"reports": [make_report(step * 100, 2.0).as_dict()], "files": checksums(folder)}
             (folder / "report.json").write_text(json.dumps(written))
             root.keep(folder / "report.json", stays=True)
     there = elsewhere.sweep("demo")
@@ -130,7 +130,7 @@ def test_a_trial_goes_on_from_a_checkpoint_of_another_node_but_not_from_half_a_o
     assert not there.goes_on(2)
     found = newest_checkpoint(there.trial_checkpoints(3), elsewhere)
     assert found is not None
-    assert (found.report.step, found.folder.name) == (10, "checkpoint-10")
+    assert (found.reports[-1].step, found.folder.name) == (10, "checkpoint-10")
     assert (found.folder / "adapter_model.safetensors").read_bytes() == b"10"
     root.forget(sweep.trial_checkpoints(3))
     assert not there.goes_on(3)

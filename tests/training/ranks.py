@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
+from tuner.spec.layout import Save
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig
 from tuner.training.baseline import Preparation
@@ -80,9 +81,9 @@ def _train(rank: int, workers: int, port: int, job: tuple[Any, ...], queue: Queu
         _let_accelerate_shard_on_cpus(trial)
     reports: list[dict[str, Any]] = []
 
-    def emit(report: Report, save: Callable[[Path], None]) -> None:
+    def emit(report: Report, save: Save | None) -> None:
         reports.append(asdict(report) | {"tokens_per_s": 0.0, "duration_s": 0.0})  # each worker has its own
-        if rank == 0:
+        if rank == 0 and save is not None:
             save(folder / f"tokens-{report.tokens}")
 
     error = None

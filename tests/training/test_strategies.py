@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,14 @@ def test_a_sharded_adapter_is_saved_whole_scores_what_was_reported_and_merges(st
 
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
 def test_a_shared_trial_goes_on_from_its_last_evaluation(strategy, bench):
-    """What is in its folder is the checkpoint of the evaluation before the last."""
+    """What is in its folder is the checkpoint of the evaluation before the last; what was reported is, again."""
     first = bench.shared(strategy)
+    adapters = [first.folder / f"tokens-{report.tokens}" for report in first.reports]
+    for adapter in adapters[:-1]:
+        shutil.rmtree(adapter)
     again = bench.train(strategy, strategy)
-    assert [report.step for report in again.reports] == [report.step for report in first.reports[-2:]]
+    assert [report.step for report in again.reports] == [report.step for report in first.reports]
+    assert [adapter.exists() for adapter in adapters] == [False] * (len(adapters) - 2) + [True, True]
     assert again.reports[-1].eval_loss == pytest.approx(first.reports[-1].eval_loss, abs=1e-6)
 
 

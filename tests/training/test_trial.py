@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuner.errors import DataError, InfeasibleError
+from tuner.spec.layout import Save
 from tuner.spec.load import parse_spec
 from tuner.spec.space import resolve
 from tuner.spec.sweep import SweepSpec
@@ -57,7 +57,8 @@ def run(spec: SweepSpec, tmp_path: Path, **point: Any) -> tuple[list[Report], li
     reports: list[Report] = []
     folders: list[Path] = []
 
-    def emit(report: Report, save: Callable[[Path], None]) -> None:
+    def emit(report: Report, save: Save | None) -> None:
+        assert save is not None
         reports.append(report)
         folders.append(tmp_path / f"tokens-{report.tokens}")
         save(folders[-1])

@@ -11,12 +11,10 @@ import multiprocessing
 import os
 import threading
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,7 +23,7 @@ import ray
 from tuner.execution.endings import explain_failure, tail
 from tuner.execution.last_words import leave_stuck
 from tuner.execution.logs import log_process_to
-from tuner.spec.layout import SweepFolder
+from tuner.spec.layout import Save, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
 from tuner.training.watchdog import Watch
@@ -108,11 +106,10 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
     log_process_to(log)
     watch = Watch(asked.resources.stuck_after, partial(leave_stuck, folder, [config["number"]], log))
 
-    def emit(report: Report, save: Callable[[Path], None]) -> None:
-        path = folder.adapter(config["number"], report.tokens)
-        save(path)
+    def emit(report: Report, save: Save | None) -> None:
+        adapter = folder.keep_adapter(config["number"], report.tokens, save)
         folder.root.keep(log, stays=True)
-        pipe.send(replace(report, adapter_path=folder.root.keep(path)))
+        pipe.send(replace(report, adapter_path=adapter))
         with watch.waiting():
             pipe.recv()
 

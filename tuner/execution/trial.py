@@ -21,7 +21,7 @@ from tuner.execution.endings import explain_failure, tail
 from tuner.execution.last_words import leave_stuck
 from tuner.execution.logs import log_process_to
 from tuner.execution.machine import Placement
-from tuner.spec.layout import Root, SweepFolder
+from tuner.spec.layout import Root, Save, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Ending, Report, TrialConfig
 from tuner.training.watchdog import Watch
@@ -172,14 +172,10 @@ def train_worker(loop: dict[str, Any]) -> None:
         raise
 
 
-def _emit(
-    folder: SweepFolder, number: int, report: Report, save: Callable[[Path], None], rank: int, watch: Watch
-) -> None:
+def _emit(folder: SweepFolder, number: int, report: Report, save: Save | None, rank: int, watch: Watch) -> None:
     """Report to Tune through Ray Train; rank 0 saves the adapter. Every rank must call: it is a barrier."""
     if rank == 0:
-        adapter = folder.adapter(number, report.tokens)
-        save(adapter)
-        report = replace(report, adapter_path=folder.root.keep(adapter))
+        report = replace(report, adapter_path=folder.keep_adapter(number, report.tokens, save))
     with watch.waiting():
         ray.train.report(report.as_dict())
 

@@ -68,7 +68,8 @@ class Trials:
             self._store.start_trial(number, config, goes_on)
             reports = [Report.from_dict(row) for row in self._store.reports([number])]
             self._search.recall(number, reports)
-            self._reached[number] = reports[-1].tokens if again and reports else 0
+            heard = reports if again else reports[:-1]  # of the last, a driver that was killed may not have told Optuna
+            self._reached[number] = heard[-1].tokens if heard else 0
             self._running[number] = config
             self._display.trial_started(number, config["point"])
         return config

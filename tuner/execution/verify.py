@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from tuner.errors import NotFoundError
 from tuner.results.record import TrialRecord
 from tuner.results.store import Store
+from tuner.spec.layout import Save
 from tuner.spec.sweep import ResourcesSpec
 from tuner.spec.trial import Report, TrialConfig
 
@@ -71,7 +71,7 @@ def verify_trial(store: Store, record: TrialRecord) -> Comparison:
     sweep = Preparation(status.tokens_per_trial, status.data, status.baseline)
     rerun: list[Report] = []
 
-    def emit(report: Report, save: Callable[[Path], None]) -> None:
+    def emit(report: Report, save: Save | None) -> None:
         rerun.append(report)
         if len(rerun) == len(recorded):
             raise _Enough

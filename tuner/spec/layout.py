@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ def refuse_full_disk(folder: Path, size: int = 0) -> None:
             f"the disk of {there} is full: {free / 1e6:,.0f} MB are free, {size / 1e6:,.0f} MB were to be written, "
             f"and {LEFT_TO_RECORDS / 1e6:.0f} MB are left to the records"
         )
+
+
+Save = Callable[[Path], None]
+"""Writes an adapter, or a whole model, into a folder."""
 
 
 def flush(path: Path) -> None:
@@ -274,6 +279,17 @@ class SweepFolder:
 
     def adapter(self, number: int, tokens: int) -> Path:
         return self._at_trial(number, f"tokens-{tokens:012d}")
+
+    def keep_adapter(self, number: int, tokens: int, save: Save | None) -> str | None:
+        """Have a trial's adapter last, and return its address.
+
+        Without `save`, the address of one that was kept before, if it was.
+        """
+        adapter = self.adapter(number, tokens)
+        if save is not None:
+            save(adapter)
+            return self.root.keep(adapter)
+        return self.root.address(adapter) if self.root.exists(adapter) else None
 
     def trial_state(self, number: int) -> Path:
         """What a slot on the shared base needs to go on from its last evaluation."""

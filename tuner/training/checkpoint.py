@@ -1,8 +1,8 @@
 """What a trial of its own goes on from when it was cut off: its trainer's checkpoint at its last evaluation.
 
 The trainer writes optimizer, schedule, position in the data, random numbers and adapter, each worker its part. The
-report of that evaluation is put beside them last, with what the files are: a checkpoint without one, or with other
-files, is not whole, and nobody goes on from it.
+trial's reports up to that evaluation are put beside them last, with what the files are: a checkpoint without them, or
+with other files, is not whole, and nobody goes on from it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,10 @@ def can_go_on(args: SFTConfig) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one, as `Trainer.train(resume_from_checkpoint=...)` takes it, and the report that was made there."""
+    """A whole one, as `Trainer.train(resume_from_checkpoint=...)` takes it, and the reports up to there."""
 
     folder: Path
-    report: Report
+    reports: list[Report]
 
 
 @contextmanager
@@ -71,23 +71,24 @@ def newest_checkpoint(folder: Path, root: Root) -> Checkpoint | None:
     newest = root.fetch(folder / max(whole, key=lambda name: int(name.rpartition("-")[2])))
     try:  # a border: somebody else's hand or a disk may have been at it since
         written = json.loads((newest / CHECKPOINT_REPORT).read_text(encoding="utf-8"))
+        reports = [Report.from_dict(report) for report in written["reports"]]
         there = checksums(newest)
         damaged = [name for name, checksum in written["files"].items() if there.get(name) != checksum]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         damaged = [CHECKPOINT_REPORT]
     if damaged:
         print(f"{newest} is damaged ({', '.join(damaged)}): the trial begins again", flush=True)
         return None
-    return Checkpoint(newest, Report.from_dict(written))
+    return Checkpoint(newest, reports)
 
 
-def complete_checkpoint(trainer: SFTTrainer, report: Report, root: Root) -> None:
+def complete_checkpoint(trainer: SFTTrainer, reports: Sequence[Report], root: Root) -> None:
     """Say of the checkpoint that the trainer has just written that it is whole, and drop all others.
 
-    Every worker must call, when it has written its part.
+    `reports` are the trial's, the last of them made there. Every worker must call, when it has written its part.
     """
     folder = Path(str(trainer.args.output_dir))
-    new = folder / f"checkpoint-{report.step}"
+    new = folder / f"checkpoint-{reports[-1].step}"
     root.keep(new, stays=True)
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -95,7 +96,8 @@ def complete_checkpoint(trainer: SFTTrainer, report: Report, root: Root) -> None
         return
     files = {name: checksum for name, checksum in checksums(new).items() if name != CHECKPOINT_REPORT}  # of one before
     draft = new / f"{CHECKPOINT_REPORT}.new"
-    draft.write_text(json.dumps({**report.as_dict(), "files": files}), encoding="utf-8")
+    written = {"reports": [report.as_dict() for report in reports], "files": files}
+    draft.write_text(json.dumps(written), encoding="utf-8")
     root.keep(draft.replace(new / CHECKPOINT_REPORT), stays=True)
     for name in _checkpoints(folder, root):
         if name != new.name:

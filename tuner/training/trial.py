@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tuner.errors import InfeasibleError
 from tuner.spec.batch import batch_of_one, share_of_batch
-from tuner.spec.layout import Root, refuse_full_disk
+from tuner.spec.layout import Root, Save, refuse_full_disk
 from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
@@ -43,8 +43,12 @@ from tuner.training.workers import WorkersTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Emit = Callable[[Report, Callable[[Path], None]], None]
-"""Takes a report and a function that saves the adapter it scores into a folder; called on every rank."""
+Emit = Callable[[Report, Save | None], None]
+"""Takes a report and a function that saves the adapter it scores into a folder; called on every rank.
+
+The function is None of an earlier report of a trial that goes on: it was emitted before, and the adapter is trained on
+since. But those who were to hear of it may have been gone by then.
+"""
 
 # What `tuner.training.dataset` has already applied to the rows; SFTTrainer would look for it in raw ones.
 _PREPARED_FIELDS = frozenset(
@@ -69,8 +73,8 @@ def run_trial(
     """Train one trial to the end of its budget, emitting a report at every milestone.
 
     What it takes to go on from there is in `output_dir` before a report is emitted; a trial that finds it there goes
-    on, and emits that report again. `root` is that folder's, where it may be in an object store. `moved` is called
-    whenever the training has got a little further.
+    on, and emits its reports up to there again. `root` is that folder's, where it may be in an object store. `moved` is
+    called whenever the training has got a little further.
 
     Raises InfeasibleError when the point cannot be trained (diverged, a step larger than the budget's grain, or
     libraries that would share it among workers otherwise than was asked) and DataError when the data are not those the
@@ -81,8 +85,8 @@ def run_trial(
     cut_off = newest_checkpoint(output_dir, root)
     if cut_off:
         print(f"trial {config['number']} goes on from its last evaluation", flush=True)
-    last = cut_off.report if cut_off else None
-    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, last, moved))
+    before = cut_off.reports if cut_off else []
+    planned.trainer.add_callback(ReportAtMilestones(planned, emit, root, before, moved))
     with only_weights() if cut_off else nullcontext():
         planned.trainer.train(resume_from_checkpoint=str(cut_off.folder) if cut_off else None)
 
@@ -259,19 +263,21 @@ class ReportAtMilestones(TrainerCallback):
         trial: PlannedTrial,
         emit: Emit,
         root: Root | None = None,
-        last: Report | None = None,
+        before: Sequence[Report] = (),
         moved: Callable[[], None] = unwatched,
     ):
-        """`root` is where checkpoints last, if there are to be any; `last` the newest report of one that goes on."""
+        """`root` is where checkpoints last, if there are to be any; `before` the reports of one that goes on."""
         self._trial = trial
         self._root = root
-        self._reporter = Reporter(trial.plan, last)
+        self._reporter = Reporter(trial.plan, before[-1] if before else None)
         self._emit = emit
-        self._report = last
+        self._reports = list(before)
         self._moved = moved
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._report is not None:
+        for earlier in self._reports[:-1]:
+            self._emit(earlier, None)
+        if self._reports:
             self._tell(kwargs["model"])
         self._reporter.training_resumes()
 
@@ -294,7 +300,7 @@ class ReportAtMilestones(TrainerCallback):
             state.global_step, state.epoch, logs["loss"], logs["learning_rate"], logs.get("grad_norm", 0.0), result
         )
         memory = largest_of_workers(report.peak_memory_bytes, args.device)
-        self._report = replace(report, peak_memory_bytes=memory)
+        self._reports.append(replace(report, peak_memory_bytes=memory))
         more = state.global_step < self._trial.plan.max_steps
         saves = self._root is not None and more and can_go_on(args) and report.is_finite()
         trained = sum(weights.nbytes for weights in model.parameters() if weights.requires_grad)
@@ -305,16 +311,14 @@ class ReportAtMilestones(TrainerCallback):
             self._tell(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._report is not None
         assert self._root is not None
-        complete_checkpoint(self._trial.trainer, self._report, self._root)
+        complete_checkpoint(self._trial.trainer, self._reports, self._root)
         self._moved()
         self._tell(kwargs["model"])
 
     def _tell(self, model: Any) -> None:
-        assert self._report is not None
-        self._emit(self._report, partial(model.save_pretrained, state_dict=gather_weights(self._trial.trainer)))
-        refuse_divergence(self._report)
+        self._emit(self._reports[-1], partial(model.save_pretrained, state_dict=gather_weights(self._trial.trainer)))
+        refuse_divergence(self._reports[-1])
         self._reporter.training_resumes()
 
 
