@@ -12,37 +12,15 @@ import psutil
 import pytest
 from real_sweeps import trained_alone, write_spec
 
-from tuner.execution.engine import Engines, start_engines
-from tuner.execution.events import Silent
+from tests.execution.serving import Serving
+from tuner.execution.engine import start_engines
 from tuner.execution.machine import place, ray_cluster
-from tuner.execution.preparation import prepare_on_ray
-from tuner.spec.layout import SweepFolder
 from tuner.spec.load import load_spec
-from tuner.spec.space import resolve
-from tuner.spec.sweep import SweepSpec
-from tuner.spec.trial import Ending, TrialConfig, milestones
+from tuner.spec.trial import Ending
 
 pytestmark = pytest.mark.timeout(300)
 
 BUDGET, EVALS = 3000, 3
-
-
-class Serving:
-    """An engine that has prepared its sweep, and the calls it takes."""
-
-    def __init__(self, spec: SweepSpec, engines: Engines):
-        self.spec = spec
-        self.folder: SweepFolder = SweepFolder.of(spec)
-        self.engine = engines.actors[0]
-        self.facts = prepare_on_ray(engines, None, Silent())
-        self.ahead = milestones(BUDGET, EVALS)
-
-    def config(self, number: int, **lora: Any) -> TrialConfig:
-        config = resolve(self.spec, number, {"train.learning_rate": 0.003})
-        return {**config, "lora": {**(config["lora"] or {}), **lora}}
-
-    def advance(self, config: TrialConfig, until_tokens: int) -> Any:
-        return self.engine.advance.remote(config, self.facts, until_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -5,23 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from tests.execution.serving import Serving
 from tests.real_sweeps import write_spec, writes
 from tests.sleeper import Sleeper
 from tuner.execution.endings import explain_failure
-from tuner.execution.engine import start_engines
-from tuner.execution.events import Silent
+from tuner.execution.engine import Engines, start_engines
 from tuner.execution.last_words import in_its_own_words
 from tuner.execution.machine import place, ray_cluster
-from tuner.execution.preparation import prepare_on_ray
-from tuner.spec.layout import SweepFolder
 from tuner.spec.load import load_spec
-from tuner.spec.space import resolve
-from tuner.spec.trial import Ending, Report, TrialConfig, milestones
+from tuner.spec.sweep import SweepSpec
+from tuner.spec.trial import Ending, Report, TrialConfig
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -29,26 +26,19 @@ BUDGET, EVALS = 3000, 3
 REASON = r"no step for \d+ s; the slowest before took \d+\.\d s"
 
 
-class Serving:
-    """An engine that has prepared its sweep, whose base falls asleep when it is told to."""
+class Stuck(Serving):
+    """An engine whose base falls asleep when it is told to."""
 
-    def __init__(self, spec: Any, engines: Any, sleeper: Sleeper):
-        self.spec, self.sleeper = spec, sleeper
-        self.folder = SweepFolder.of(spec)
-        self.engine = engines.actors[0]
-        self.facts = prepare_on_ray(engines, None, Silent())
-        self.ahead = milestones(BUDGET, EVALS)
+    def __init__(self, spec: SweepSpec, engines: Engines, sleeper: Sleeper):
+        super().__init__(spec, engines)
+        self.sleeper = sleeper
 
-    def config(self, number: int, **lora: Any) -> TrialConfig:
-        config = resolve(self.spec, number, {"train.learning_rate": 0.003})
-        return {**config, "lora": {**(config["lora"] or {}), **lora}}
-
-    def advance(self, config: TrialConfig, until_tokens: int) -> Report | Ending:
-        """What the driver makes of a call to the engine."""
+    def came_to(self, config: TrialConfig, until_tokens: int) -> Report | Ending:
+        """What the driver makes of a call."""
         import ray
 
         try:
-            came_to = ray.get(self.engine.advance.remote(config, self.facts, until_tokens))
+            came_to = ray.get(self.advance(config, until_tokens))
         except ray.exceptions.RayActorError as error:
             came_to = explain_failure(error)
         if isinstance(came_to, Ending):
@@ -57,7 +47,7 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stuck]:
     folder = tmp_path_factory.mktemp("stuck")
     sleeper = Sleeper(tiny_model_dir, folder)
     file = write_spec(
@@ -71,14 +61,14 @@ def serving(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
         with ray_cluster() as nodes, start_engines(spec, place(spec, nodes)) as engines:
-            yield Serving(spec, engines, sleeper)
+            yield Stuck(spec, engines, sleeper)
 
 
 def test_a_trial_in_its_own_process_that_sleeps_for_ever_is_ended_with_its_stacks(serving):
     config = serving.config(0, use_dora=True)
-    assert isinstance(serving.advance(config, serving.ahead[0]), Report)
+    assert isinstance(serving.came_to(config, serving.ahead[0]), Report)
     serving.sleeper.sleep()
-    ending = serving.advance(config, serving.ahead[1])
+    ending = serving.came_to(config, serving.ahead[1])
     assert (ending.outcome, ending.cause) == ("FAILED", "stuck")
     assert re.fullmatch(REASON, ending.reason)
     assert "in fall_asleep\n    time.sleep(1_000_000)" in ending.log_tail.split("Thread MainThread:")[-1]
@@ -86,10 +76,10 @@ def test_a_trial_in_its_own_process_that_sleeps_for_ever_is_ended_with_its_stack
 
 def test_a_trial_whose_process_was_stopped_by_a_signal_is_ended(serving):
     config = serving.config(1, use_dora=True)
-    assert isinstance(serving.advance(config, serving.ahead[0]), Report)
+    assert isinstance(serving.came_to(config, serving.ahead[0]), Report)
     (process,) = [one for one in psutil.process_iter() if writes(one, serving.folder.trial_log(1))]
     process.suspend()
-    ending = serving.advance(config, serving.ahead[1])
+    ending = serving.came_to(config, serving.ahead[1])
     assert (ending.cause, ending.reason) == ("stuck", "its process was stopped by a signal")
     serving.engine.detach.remote(1)
     process.wait(30)
@@ -97,10 +87,10 @@ def test_a_trial_whose_process_was_stopped_by_a_signal_is_ended(serving):
 
 def test_a_lane_that_sleeps_for_ever_ends_its_engine_and_says_so_of_the_trials_in_it(serving):
     config = serving.config(2)
-    assert isinstance(serving.advance(config, serving.ahead[0]), Report)
+    assert isinstance(serving.came_to(config, serving.ahead[0]), Report)
     serving.sleeper.sleep()
-    ending = serving.advance(config, serving.ahead[1])
+    ending = serving.came_to(config, serving.ahead[1])
     assert (ending.outcome, ending.cause) == ("FAILED", "stuck")
     assert re.fullmatch(REASON, ending.reason)
     assert "in fall_asleep\n    time.sleep(1_000_000)" in ending.log_tail.split("Thread lane:")[-1]
-    assert isinstance(serving.advance(config, serving.ahead[1]), Report)  # Ray has started it again
+    assert isinstance(serving.came_to(config, serving.ahead[1]), Report)  # Ray has started it again

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 MOST_WAITING = 256
 """Calls an engine may have open: every slot waits in one of its own."""
-MOST_STARTS = 3
-"""An engine that ends is started again, and given up when it has ended so often before it was up."""
+CALL_AGAIN = 2
+"""So often Ray repeats the call whether an engine is up, whose process it starts again when it ends."""
 
 
 class Engines:
@@ -94,7 +94,7 @@ def start_engines(spec: SweepSpec, placement: Placement, prepared: bool = False)
             num_gpus=gpus,
             max_concurrency=MOST_WAITING,
             max_restarts=-1,  # an engine that dies does not take the sweep along
-            max_task_retries=MOST_STARTS - 1,  # of the calls whether it is up
+            max_task_retries=CALL_AGAIN,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT",
         )
         return actor.remote(spec.model_dump(mode="json"), threads, shares or not prepared)
@@ -259,8 +259,6 @@ class EngineActor:
         engine, number = self._serving(facts), config["number"]
         with self._making:
             if number not in self._attached:
-                if self._folder.root.exists(self._folder.trial_state(number)):
-                    print(f"trial {number} goes on from its last evaluation", flush=True)
                 engine.attach(config)
                 self._attached.add(number)
         return engine

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -68,9 +70,17 @@ def dedicated_trial(config: TrialConfig, job: dict[str, Any]) -> None:
 
 def score_base_on_workers(job: dict[str, Any]) -> dict[str, float]:
     """The untuned base's scores, by a trial's workers. Raises TunerError with the reason where they cannot."""
-    folder = _folder(job)
+    folder, came_to = _folder(job), Future[Any]()
+
+    def fit() -> None:
+        try:
+            came_to.set_result(_trainer(score_worker, {"job": job}, folder.ray / "baseline").fit())
+        except BaseException as error:
+            came_to.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()  # in the main one, Ray Train would take Ctrl-C for itself
     try:
-        return _trainer(score_worker, {"job": job}, folder.ray / "baseline").fit().return_value
+        return came_to.result().return_value
     except TrainingFailedError as error:
         raise TunerError(f"the base could not be scored: {explain(error, folder.log).reason}") from error
 

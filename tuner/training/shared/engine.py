@@ -139,7 +139,10 @@ class Engine:
             lane, state = tenancy.lane, self._folder.trial_state(tenancy.number)
             with suppress(FileNotFoundError):
                 self._folder.root.fetch(state)
-            tenancy.enter(lane.between_turns(lambda: Slot(trial, lane.joint, state)))
+            slot = lane.between_turns(lambda: Slot(trial, lane.joint, state))
+            if slot.step:
+                print(f"trial {tenancy.number} goes on from its last evaluation", flush=True)
+            tenancy.enter(slot)
 
     def _save(self, tenancy: Tenancy, report: Report) -> None:
         """Have an adapter written. Only then is its report known: whoever hears of an adapter finds it."""
