@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.faults.matrix import Figures, difference_alone, measure, recovery_s
 from tests.real_sweeps import write_spec
 from tuner.results.record import utc_now
 from tuner.spec.load import load_spec
+from tuner.training.cache import COMPLETE
 
 NAME, BUDGET = "damaged", 12_000
 
@@ -46,7 +48,8 @@ def test_a_sweep_goes_on_whatever_has_become_of_tunes_files_and_of_the_cache(
     snapshot = overwrite([path for path in kept if "search" not in path.name])
     assert searcher > 0, kept
     assert snapshot > 0, kept
-    cached = [path for path in (root / "cache" / "data").rglob("*") if path.suffix in (".arrow", ".json")]
+    entries = [path for path in (root / "cache" / "data").rglob("*") if path.name != COMPLETE]
+    cached = [path for path in entries if path.suffix in (".arrow", ".json")]
     for path in cached:
         os.truncate(path, path.stat().st_size // 2)
     resumed = start("resume", NAME, "--root", root, cwd=tmp_path)
@@ -66,13 +69,25 @@ def test_a_sweep_goes_on_whatever_has_become_of_tunes_files_and_of_the_cache(
     assert (sweep.status, figures(1).lost, figures(1).duplicated) == ("finished", 0, 0)
 
 
-def prepare(file: Path, root: Path) -> dict[str, Any]:
+def prepare(file: Path, root: Path, both_there: Any) -> dict[str, Any]:
+    """Prepare the data, and note what is built on the way, which takes so long that the other must come to it."""
+    from tuner.training import cache
     from tuner.training.dataset import prepare as prepare_data
     from tuner.training.model import load_tokenizer
 
+    build = cache._build
+
+    def slowly(folder: Path, make: Any) -> dict[str, Any]:
+        with (root / "built").open("a") as built:
+            built.write(f"{folder.name}\n")
+        time.sleep(1)
+        return build(folder, make)
+
+    cache._build = slowly
     spec = load_spec(file, root=root)
     model = spec.model.model_dump()
     tokenizer = load_tokenizer(model, root / "cache")
+    both_there.wait(60)
     made = prepare_data(spec.data.model_dump(), spec.train, tokenizer, root / "cache", 64)
     return {**made.summary, "train": str(made.train), "eval": str(made.eval)}
 
@@ -80,10 +95,14 @@ def prepare(file: Path, root: Path) -> dict[str, Any]:
 @pytest.mark.timeout(120)
 def test_two_processes_that_fill_one_cache_at_once_get_the_same_and_make_it_once(tiny_model_dir, tmp_path, note):
     file = write_spec(tmp_path, tiny_model_dir, NAME, budget={"trials": 1, "tokens_per_trial": BUDGET})
-    root = tmp_path / "runs"
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        one, other = pool.starmap(prepare, [(file, root)] * 2, chunksize=1)
+    root, processes = tmp_path / "runs", multiprocessing.get_context("spawn")
+    root.mkdir()
+    with processes.Manager() as manager, processes.Pool(2) as pool:
+        one, other = pool.starmap(prepare, [(file, root, manager.Barrier(2))] * 2, chunksize=1)
     assert one == other
     entries = [path.name for path in (root / "cache" / "data").iterdir() if path.is_dir()]
     assert sorted(name.partition("-")[0] for name in entries) == ["eval", "rows", "tokens", "train"]
-    note("two processes filling one cache", Figures(injected=1, asked=0, lost=0, duplicated=len(entries) - 4))
+    built = (root / "built").read_text().splitlines()
+    figures = Figures(injected=1, asked=0, lost=4 - len(entries), duplicated=len(built) - len(set(built)))
+    note("two processes filling one cache", figures)
+    assert (figures.lost, figures.duplicated) == (0, 0)

@@ -171,12 +171,13 @@ def count(*_):
 sa.event.listen(sa.Engine, "before_cursor_execute", count)
 sweep = tuner.open("kept", sys.argv[1])
 while True:
+    finished = sweep.status == "finished"
     before, since = asked, time.monotonic()
     trials = sweep.records()
     reports = sum(len(trial.reports) for trial in trials)
     sweep.results()
     print(json.dumps([asked - before, len(trials), reports, time.monotonic() - since]), flush=True)
-    if sweep.status == "finished":
+    if finished:
         break
     time.sleep(0.5)
 """

@@ -6,6 +6,8 @@ import ast
 from pathlib import Path
 
 from tests.faults.matrix import ROWS, read, with_matrix
+from tests.faults.without import DEFENCES
+from tests.faults.without import read as read_without
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +36,16 @@ def test_every_row_has_figures_and_they_are_those_of_tests_that_there_are():
         measured = {test.partition("[")[0] for test in read(row)}
         assert measured, f"{row}: nothing is measured, run `make figures`"
         assert measured == tests[row], row
+
+
+def test_every_row_has_failed_without_a_defence_and_each_can_still_be_taken_away():
+    assert {defence.row for defence in DEFENCES} == set(ROWS)
+    said = read_without()
+    for defence in DEFENCES:
+        for file, text, _ in defence.edits:
+            code = (ROOT / "tuner" / file).read_text(encoding="utf-8")
+            assert code.count(text) == 1, f"{defence.row}, {defence.missing}: {text!r} stands not once in {file}"
+        assert said.get(defence.title, "passed").strip() != "passed", "run `python -m tests.faults.without`"
 
 
 def test_nothing_was_lost_or_duplicated():

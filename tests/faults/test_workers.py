@@ -136,7 +136,9 @@ def test_an_engine_that_is_killed_costs_none_of_its_four_trials(tiny_model_dir, 
     difference = difference_alone(sweep, range(4), tmp_path)
     figures = measure(sweep, len(names), took, difference=difference)
     nothing_lost(note("an engine killed with 4 slots in it", figures))
+    log = sweep.folder.log.read_text(errors="replace")
     for record in sweep.records():
+        assert f"trial {record.number} goes on from its last evaluation" in log
         assert {attempt.cause for attempt in record.tried} == {"worker-lost"}
         assert all(attempt.log_tail for attempt in record.tried)
 
