@@ -34,7 +34,7 @@ check: setup
 test: check
 	$(BIN)/pytest -p no:cacheprovider
 
-# Half an hour in which whatever can be killed is killed, and whatever is kept is damaged.
+# 40 minutes in which whatever can be killed is killed, and whatever is kept is damaged.
 test-faults: setup
 	$(BIN)/pytest -p no:cacheprovider -m faults
 
