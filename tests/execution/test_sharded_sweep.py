@@ -43,7 +43,10 @@ def swept(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tun
         },
         promotion={"max_regression": 0.1},
     )
-    return tuner.run(load_spec(file, root=folder / "runs"))
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    sweep = tuner.run(load_spec(file, root=folder / "runs"))
+    assert signal.getsignal(signal.SIGINT) is ctrl_c, "Ray Train was asked in the main thread, and keeps it"
+    return sweep
 
 
 def test_a_sweep_of_zero_3_trials_runs_to_its_promoted_model(swept):
@@ -57,11 +60,6 @@ def test_a_base_that_no_worker_holds_whole_is_scored_by_all_of_them(swept, tiny_
     rows = load_from_disk(str(swept.folder.eval_rows))
     alone = score(AutoModelForCausalLM.from_pretrained(tiny_model_dir), rows).as_dict()
     assert swept.state().baseline == pytest.approx(alone, abs=1e-5)
-
-
-def test_ctrl_c_is_what_it_was_before(swept):
-    """Ray Train, asked in the main thread to score the base, would keep it for itself."""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_strategy_its_reason_and_the_estimate_stand_in_the_records(swept):
