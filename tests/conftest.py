@@ -6,6 +6,7 @@ import os
 import subprocess
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,10 +103,13 @@ def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str, Figures], Figures]:
-    """Notes, for a row of the matrix, what its fault cost in this test; returns the figures."""
+    """Notes, for a row of the matrix, what its fault cost in this test, each time it is told; returns the figures."""
+    noted: Counter[str] = Counter()
 
     def note(row: str, figures: Figures) -> Figures:
-        write(row, request.node.nodeid, figures)
+        noted[row] += 1
+        again = f"[{noted[row]}]" if noted[row] > 1 else ""
+        write(row, request.node.nodeid + again, figures)
         return figures
 
     return note
