@@ -6,7 +6,7 @@ import json
 
 from tuner.spec.checks.fields import searchable_fields
 from tuner.spec.fields import INTERVALS, SNAPSHOT, all_fields
-from tuner.spec.policy import FIXED_ONLY, GONE, OWNED, REFUSED_VALUES, USER
+from tuner.spec.policy import FIXED_ONLY, OWNED, REFUSED_VALUES, USER
 from tuner.spec.reference import spec_reference
 from tuner.spec.schema import SCHEMA, make_schema, write_schema
 from tuner.spec.snapshot import take_snapshot, write_snapshot
@@ -29,7 +29,6 @@ def test_every_field_is_either_the_users_or_the_services():
 def test_the_policy_names_no_field_that_is_not_there():
     assert set(FIXED_ONLY) <= USER
     assert set(INTERVALS) <= USER
-    assert not set(GONE) & set(all_fields())
     assert {key for key, _ in REFUSED_VALUES} <= USER
 
 

@@ -6,6 +6,7 @@ Every field of the snapshot stands in exactly one of USER and OWNED; a test hold
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ _BY_REASON: dict[tuple[str, str | None], list[str]] = {
     ("every evaluation is reported to the sweep's store", None): _each(
         "train",
         "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id logging_strategy "
-        "logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node "
-        "disable_tqdm include_num_input_tokens_seen skip_memory_metrics debug",
+        "logging_steps logging_first_step logging_nan_inf_filter include_num_input_tokens_seen skip_memory_metrics",
+    ),
+    ("`tuner show NAME TRIAL` shows a trial's log, which holds all that is printed", None): _each(
+        "train", "log_level log_level_replica log_on_each_node disable_tqdm debug"
     ),
     ("only a promoted model is pushed, by `tuner promote --push-to-hub`", None): _each(
         "train", "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
@@ -102,8 +105,11 @@ _BY_REASON: dict[tuple[str, str | None], list[str]] = {
     ],
     ("the loss is always a mean over the tokens of all workers", None): ["train.average_tokens_across_devices"],
     ("rows are tokenised and packed once, before the trials", None): _each(
-        "train", "dataset_kwargs dataset_num_proc shuffle_dataset remove_unused_columns length_column_name pad_token"
+        "train", "dataset_kwargs dataset_num_proc shuffle_dataset remove_unused_columns length_column_name"
     ),
+    ("padding never counts, in a loss or a score: it is the tokenizer's pad token, else its eos token", None): [
+        "train.pad_token"
+    ],
     ("a trial trains and nothing else", None): _each("train", "do_train do_predict"),
     ("the service trains causal language models with LoRA", None): _each(
         "lora", "task_type peft_type auto_mapping peft_version inference_mode runtime_config"
@@ -126,40 +132,15 @@ _BY_REASON: dict[tuple[str, str | None], list[str]] = {
 OWNED = {key: Owned(reason, instead) for (reason, instead), keys in _BY_REASON.items() for key in keys}
 """Fields that a spec may not name."""
 
-GONE = {
-    "train.max_seq_length": "train.max_length",
-    "train.max_prompt_length": "train.max_length",
-    "train.warmup_ratio": "train.warmup_steps, a number below 1 being a share",
-    "train.evaluation_strategy": "budget.evals_per_trial",
-    "train.tokenizer": "model.name",
-    "train.processing_class": "model.name",
-    "train.model_name_or_path": "model.name",
-    "train.torch_dtype": "model.dtype",
-    "train.dtype": "model.dtype",
-    "train.load_in_4bit": "model.quantization",
-    "train.load_in_8bit": "model.quantization",
-    "train.attn_implementation": "model.attn_implementation",
-    "train.dataset_path": "data.path",
-    "train.dataset_name": "data.path",
-    "train.dataset_batch_size": "nothing; rows are tokenised in one pass",
-    "train.logging_dir": "storage.root",
-    "train.overwrite_output_dir": "nothing; every trial has its own folder",
-    "train.per_gpu_train_batch_size": "train.per_device_train_batch_size",
-    "train.batch_size": "train.per_device_train_batch_size",
-    "train.group_by_length": "train.train_sampling_strategy: group_by_length",
-    "train.eval_batch_size": "train.per_device_eval_batch_size",
-    "train.train_on_responses_only": "train.assistant_only_loss",
-    "train.lr": "train.learning_rate",
-    "train.epochs": "budget.epochs_per_trial",
-    "train.no_cuda": "resources.gpus_per_worker",
-    "train.use_liger": "train.use_liger_kernel",
-    "train.peft_config": "lora",
-    "lora.alpha": "lora.lora_alpha",
-    "lora.rank": "lora.r",
-    "lora.dropout": "lora.lora_dropout",
-    "lora.lora_r": "lora.r",
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "train.report_to": ("none", [], ["none"]),
+    "train.push_to_hub": (False,),
+    "train.do_train": (True,),
+    "train.eval_packing": (False,),
+    "train.disable_tqdm": (True,),
+    "train.save_strategy": ("no",),
 }
-"""Names of older versions or of other tools, and today's."""
+"""Values of OWNED fields that ask for what the service does anyway: a spec may say them."""
 
 REFUSED_VALUES = {
     ("train.lr_scheduler_type", "reduce_lr_on_plateau"): "the schedule ends where the budget does",

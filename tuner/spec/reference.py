@@ -18,7 +18,7 @@ from tuner.spec.checks.words import show
 from tuner.spec.fields import all_fields
 from tuner.spec.policy import FIXED_ONLY, USER
 from tuner.spec.space import Choice, Int, LogUniform, Uniform
-from tuner.spec.sweep import Section, SweepSpec
+from tuner.spec.sweep import SweepSpec, section_of
 
 _NAMES = {bool: "bool", int: "int", float: "number", str: "text", types.NoneType: "null", dict: "mapping", Any: "any"}
 
@@ -27,7 +27,7 @@ def spec_reference() -> str:
     """Return markdown: a table for every section, the distributions, and the fields of `train` and `lora`."""
     parts = [_of_model("The file", SweepSpec)]
     for name, field in SweepSpec.model_fields.items():
-        section = _section_of(field)
+        section = section_of(field)
         if section is not None:
             parts.append(_of_model(f"`{name}`", section))
     parts.append(_SPACE)
@@ -48,13 +48,6 @@ distribution:"""
 
 def _distributions() -> dict[str, type[BaseModel]]:
     return {"choice": Choice, "int": Int, "uniform": Uniform, "log_uniform": LogUniform}
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    for option in (field.annotation, *typing.get_args(field.annotation)):
-        if isinstance(option, type) and issubclass(option, Section):
-            return option
-    return None
 
 
 def _of_model(title: str, model: type[BaseModel]) -> str:
@@ -84,7 +77,7 @@ def _row(*cells: str | None) -> str:
 
 
 def _what(field: FieldInfo) -> str:
-    section = _section_of(field)
+    section = section_of(field)
     return field.description or (_sentence(section) if section else "")
 
 

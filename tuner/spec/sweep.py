@@ -7,9 +7,10 @@ Field names are TRL's, PEFT's and Optuna's own. `train` and `lora` are plain map
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from tuner.spec.space import Distribution
 
@@ -208,3 +209,9 @@ class SweepSpec(Section):
     resources: ResourcesSpec = ResourcesSpec()
     promotion: PromotionSpec | None = PromotionSpec()
     storage: StorageSpec = StorageSpec()
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that stands in a field of `SweepSpec`, if one does."""
+    options = (field.annotation, *get_args(field.annotation))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)

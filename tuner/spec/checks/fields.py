@@ -7,7 +7,8 @@ from typing import Any, get_args
 from tuner.errors import Problem
 from tuner.spec.checks.words import any_of, nearest, show
 from tuner.spec.fields import Field, all_fields
-from tuner.spec.policy import GONE, OWNED, REFUSED_VALUES, USER
+from tuner.spec.hints import unknown_key
+from tuner.spec.policy import OWNED, REFUSED_VALUES, USER
 from tuner.spec.space import Choice, Distribution
 from tuner.spec.sweep import ModelSpec, SweepSpec
 
@@ -45,10 +46,8 @@ def not_a_field(key: str, got: str, at: str | None = None) -> Problem | None:
         owned = OWNED[key]
         return Problem(at, got, f"nothing, {owned.reason}", owned.instead)
     section, name = key.split(".", 1)
-    if key in GONE:
-        return Problem(at, "a name of older versions or other tools", GONE[key])
     names = sorted(other.removeprefix(f"{section}.") for other in USER if other.startswith(f"{section}."))
-    return Problem(at, "an unknown key", f"a field of {LIBRARY[section]}", nearest(name, names))
+    return unknown_key(at, f"a field of {LIBRARY[section]}", nearest(name, names), key)
 
 
 def wrong_value(key: str, field: Field, value: Any, at: str | None = None) -> Problem | None:

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from tuner.errors import Problem
 from tuner.spec.checks.words import any_of, as_number, nearest, show
+from tuner.spec.hints import UNKNOWN, unknown_key
 from tuner.spec.space import Choice, Int, LogUniform, Uniform
 from tuner.spec.sweep import NAME, SweepSpec
 
@@ -26,7 +27,6 @@ STAND_INS: dict[str, Any] = {
 }
 """What stands for a missing section while the rest is checked."""
 
-UNKNOWN = "an unknown key"
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -83,7 +83,7 @@ def _in_words(detail: ErrorDetails) -> Problem:
     context = detail.get("ctx", {})
     if kind == "extra_forbidden":
         options = _keys_at(detail["loc"][:-1])
-        return Problem(key, UNKNOWN, any_of(options), nearest(path[-1], options))
+        return unknown_key(key, any_of(options), nearest(path[-1], options))
     if kind == "missing":
         return Problem(key, "nothing", "this key must be there")
     if kind in ("union_tag_invalid", "union_tag_not_found"):

@@ -10,6 +10,7 @@ from tuner.errors import Problem
 from tuner.spec.checks.fields import ends_or_values, not_a_field, searchable_fields, words_for, wrong_value
 from tuner.spec.checks.words import any_of, nearest, show
 from tuner.spec.fields import Field
+from tuner.spec.hints import unknown_key
 from tuner.spec.policy import FIXED_ONLY
 from tuner.spec.space import Choice, Distribution, Int, LogUniform, Uniform, is_active
 from tuner.spec.sweep import SweepSpec
@@ -44,7 +45,7 @@ def _check_key(spec: SweepSpec, key: str, distribution: Distribution) -> list[Pr
         by_name = {field.rpartition(".")[2]: field for field in fields}
         near = nearest(key, fields) or by_name.get(nearest(key, by_name) or "")
         allowed = "train.*, lora.*, model.dtype, model.quantization or model.attn_implementation"
-        return [Problem(at, "an unknown key", allowed, near)]
+        return [unknown_key(at, allowed, near, key)]
     if section != "model" and (problem := not_a_field(key, "a range", at)):
         return [problem]
     if key in FIXED_ONLY:

@@ -64,6 +64,17 @@ FSDP_OWNED = {
     "cpu_offload": "resources.offload",
     "state_dict_type": "nothing, adapters are gathered whole",
 }
+_FSDP1 = {
+    "offload_params": "resources.offload",
+    "sharding_strategy": "reshard_after_forward: true shards parameters too, false gradients and states only",
+    "backward_prefetch": "nothing, FSDP2 prefetches by itself",
+    "backward_prefetch_policy": "nothing, FSDP2 prefetches by itself",
+    "forward_prefetch": "nothing, FSDP2 prefetches by itself",
+    "use_orig_params": "nothing, FSDP2 always uses the original parameters",
+    "sync_module_states": "nothing, FSDP2 always starts from the same weights",
+    "limit_all_gathers": "nothing, FSDP2 always limits them",
+}
+"""Names of accelerate's settings and of FSDP1's, and what they are in `resources.fsdp`."""
 
 
 def check_strategy(spec: SweepSpec) -> list[Problem]:
@@ -139,10 +150,11 @@ def _check_fsdp(spec: SweepSpec, settings: dict[str, Any]) -> Iterator[Problem]:
             "resources.strategy", show(spec.resources.strategy), "fsdp, since resources.fsdp is given", "fsdp"
         )
     for key in settings:
-        if key in FSDP_OWNED:
-            yield Problem(f"{at}.{key}", show(settings[key]), FSDP_OWNED[key])
+        name = key.removeprefix("fsdp_")  # as accelerate's own files spell them
+        if instead := (FSDP_OWNED | _FSDP1).get(name):
+            yield Problem(f"{at}.{key}", show(settings[key]), instead)
         elif key not in FSDP_KEYS:
-            yield Problem(f"{at}.{key}", "an unknown key", any_of(FSDP_KEYS), nearest(key, FSDP_KEYS))
+            yield Problem(f"{at}.{key}", "an unknown key", any_of(FSDP_KEYS), nearest(name, FSDP_KEYS))
     twice = possible_values(spec, "train.gradient_checkpointing") != [False]
     if settings.get("activation_checkpointing") and twice:
         allowed = "false, or train.gradient_checkpointing: false beside it: one of the two"
