@@ -14,6 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, Wo
 from safetensors import SafetensorError
 
 from tuner.errors import DataError, DiskFullError, InfeasibleError, TunerError
+from tuner.execution import trial
 from tuner.execution.endings import LOG_TAIL_LINES
 from tuner.execution.trial import explain
 
@@ -87,3 +88,9 @@ def test_the_end_of_the_log_stays_with_the_trial(tmp_path: Path):
     ending = explain(WorkerGroupError("", {0: KeyError("x")}), log)
     assert ending.log_tail is not None
     assert ending.log_tail.splitlines() == [f"line {n}" for n in range(1000 - LOG_TAIL_LINES, 1000)]
+
+
+@pytest.mark.parametrize(("train", "seconds"), [({}, 1800), ({"ddp_timeout": 90}, 90)])
+def test_workers_wait_for_another_as_long_as_ddp_timeout_says(train, seconds, tmp_path):
+    job = {"workers": 2, "resources": {"CPU": 1}, "spec": {"train": train, "resources": {"offload": False}}}
+    assert trial._trainer(print, {"job": job}, tmp_path / "trial").backend_config.timeout_s == seconds

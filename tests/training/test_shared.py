@@ -25,7 +25,7 @@ from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report, TrialConfig, milestones
 from tuner.training.baseline import Preparation, prepare_sweep
 from tuner.training.model import load_model
-from tuner.training.shared import head, planner
+from tuner.training.shared import head, lane, planner
 from tuner.training.shared.engine import Engine
 from tuner.training.shared.joint import JointModel, Layout, MicroBatch, why_not_joint
 from tuner.training.shared.planner import memory_per_slot, plan_slots, typical_step
@@ -396,6 +396,23 @@ def test_the_base_itself_is_never_changed(sweep):
     together(engine, configs_for(sweep.spec)[:1])
     engine.close()
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.base.state_dict().items())
+
+
+def test_a_joint_evaluation_batch_has_no_more_documents_of_a_slot_than_asked_for(sweep, engine, monkeypatch):
+    """`train.per_device_eval_batch_size` bounds memory there, too; without it only EVAL_TOKENS does."""
+    documents = [lane.Document(torch.ones(9, dtype=torch.long), torch.ones(9, dtype=torch.long))] * 7
+    sizes = [[len(batch) for batch in lane._joint_batches(documents, 30, most)] for most in (2, 7)]
+    assert sizes == [[2, 2, 2, 1], [3, 3, 1]]
+    train = sweep.spec.train | {"per_device_eval_batch_size": 3}
+    monkeypatch.setattr(engine, "_spec", sweep.spec.model_copy(update={"train": train}))
+    with monkeypatch.context() as patch:
+        seen: list[int] = []
+        engine.use_lanes(1)
+        [one] = engine.lanes
+        score = one.joint.score
+        patch.setattr(one.joint, "score", lambda parts: seen.append(len(parts[0].documents)) or score(parts))
+        engine.score_base()
+    assert max(seen) == 3 < sum(seen)
 
 
 def test_documents_of_similar_length_are_padded_together():

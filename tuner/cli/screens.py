@@ -29,6 +29,7 @@ from tuner.results.text import (
     leaderboard_columns,
     scores_text,
 )
+from tuner.spec.checks.unread import without_effect
 from tuner.spec.sharing import trials_apart, why_not_shared
 from tuner.spec.sweep import SweepSpec
 
@@ -310,6 +311,8 @@ def show_spec(spec: SweepSpec, most: WorstCase | None = None) -> None:
         print(f"{key:<10} {value}")
     for key, distribution in spec.space.items():
         print(f"  {key}: {describe(distribution)}")
+    for sentence in without_effect(spec):
+        print(sentence)
     if most is not None:
         tokens = "as many epochs as asked for" if most.tokens is None else f"{most.tokens:,} tokens"
         print(f"at most    {most.trials} trials, {tokens} trained, {most.evaluated_rows:,} rows scored")

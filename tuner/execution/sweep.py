@@ -25,6 +25,7 @@ from tuner.results.record import TrialRecord
 from tuner.results.store import Store
 from tuner.search.study import remaining_trials
 from tuner.spec.changes import with_more_budget
+from tuner.spec.checks.unread import without_effect
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.training.identity import with_commit
@@ -40,6 +41,8 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
     Store.refuse_existing(spec)
     spec = with_commit(spec)
     display = display or Silent()
+    for sentence in without_effect(spec):
+        display.stage(sentence)
     display.stage("Starting Ray")
     with ray_cluster(dashboard=spec.resources.on_ray_train) as nodes:
         placement = place(spec, nodes, fixed=not others_use_it())

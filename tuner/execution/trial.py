@@ -98,7 +98,9 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=job["workers"], use_gpu="GPU" in job["resources"], resources_per_worker=job["resources"]
         ),
-        torch_config=TorchConfig(backend=_backend(job)),
+        torch_config=TorchConfig(
+            backend=_backend(job), timeout_s=job["spec"]["train"].get("ddp_timeout", TorchConfig.timeout_s)
+        ),
         run_config=ray.train.RunConfig(
             name=place.name,
             storage_path=str(place.parent),

@@ -16,6 +16,7 @@ from tuner.spec.checks.plan import check_plan
 from tuner.spec.checks.shape import check_shape
 from tuner.spec.checks.space import check_space
 from tuner.spec.checks.strategies import check_strategy
+from tuner.spec.checks.unread import check_unread
 from tuner.spec.checks.words import show
 from tuner.spec.defaults import fill_defaults
 from tuner.spec.sweep import SweepSpec
@@ -55,6 +56,7 @@ CHECKS = (
     check_strategy,
     check_needs,
     check_foreign_code,
+    check_unread,
 )
 """Each takes a spec of the right shape and returns what is wrong with it."""
 OF_THIS_MACHINE = (check_paths, check_needs)

@@ -30,7 +30,7 @@ _TRAIN = """
     loss_type label_smoothing_factor neftune_noise_alpha router_aux_loss_coef
     seed data_seed full_determinism train_sampling_strategy
     gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
-    activation_offloading use_cache torch_empty_cache_steps
+    activation_offloading torch_empty_cache_steps
     tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
@@ -54,7 +54,13 @@ FIXED_ONLY = {
         _CHANGES_EVAL,
     ),
     **dict.fromkeys(
-        _each("train", "per_device_eval_batch_size gradient_checkpointing activation_checkpointing"),
+        _each(
+            "train",
+            "per_device_eval_batch_size gradient_checkpointing activation_checkpointing torch_empty_cache_steps "
+            "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+            "dataloader_multiprocessing_context dataloader_in_order "
+            "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout",
+        ),
         "it does not change any score",
     ),
 }
@@ -110,6 +116,7 @@ _BY_REASON: dict[tuple[str, str | None], list[str]] = {
     ("padding never counts, in a loss or a score: it is the tokenizer's pad token, else its eos token", None): [
         "train.pad_token"
     ],
+    ("TRL trains without a cache of keys and values", None): ["train.use_cache"],
     ("a trial trains and nothing else", None): _each("train", "do_train do_predict"),
     ("the service trains causal language models with LoRA", None): _each(
         "lora", "task_type peft_type auto_mapping peft_version inference_mode runtime_config"
@@ -139,6 +146,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "train.eval_packing": (False,),
     "train.disable_tqdm": (True,),
     "train.save_strategy": ("no",),
+    "train.use_cache": (False,),
 }
 """Values of OWNED fields that ask for what the service does anyway: a spec may say them."""
 

@@ -66,7 +66,14 @@ class Engine:
         checkpointing = checkpoints_activations(self._spec.train)
         threads = max(1, self.threads // count)
         self.lanes = [
-            Lane(JointModel(self.base, checkpointing), self._eval_documents, self._save, threads, self._watch)
+            Lane(
+                JointModel(self.base, checkpointing),
+                self._eval_documents,
+                self._save,
+                threads,
+                self._watch,
+                self._spec.train.get("per_device_eval_batch_size"),
+            )
             for _ in range(count)
         ]
 

@@ -97,14 +97,17 @@ class Lane:
         save: Callable[[Tenancy, Report], None],
         threads: int,
         watch: Callable[[Callable[[], list[int]]], Watch],
+        eval_batch_size: int | None = None,
     ):
         """`save` is called with what was scored, and is to report it; `threads` are torch's, for this lane alone.
 
-        `watch` makes what watches the lane, given what tells of which trials it does something.
+        `watch` makes what watches the lane, given what tells of which trials it does something. `eval_batch_size` is
+        the most documents of each slot in a joint evaluation batch; None: as many as EVAL_TOKENS allows.
         """
         self.joint = joint
         self.tenancies: list[Tenancy] = []
         self._eval_documents = eval_documents
+        self._eval_batch_size = eval_batch_size or len(eval_documents)
         self._save = save
         self._most_together = 2**31
         """Slots that one joint step has memory for, as far as is known."""
@@ -188,7 +191,8 @@ class Lane:
     def score(self, to_score: list[Callable[[list[Document]], MicroBatch]]) -> list[Score]:
         """The scores of several slots on the sweep's evaluation set, a few documents of each at a time."""
         sums: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(to_score)
-        for documents in _joint_batches(self._eval_documents, EVAL_TOKENS // len(to_score)):
+        tokens = EVAL_TOKENS // len(to_score)
+        for documents in _joint_batches(self._eval_documents, tokens, self._eval_batch_size):
             parts = self.joint.score([micro_batch(documents) for micro_batch in to_score])
             self._watch.moved()
             sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(sums, parts, strict=True)]
@@ -200,13 +204,13 @@ def _slot(tenancy: Tenancy) -> Slot:
     return tenancy.slot
 
 
-def _joint_batches(documents: list[Document], tokens: int) -> list[list[Document]]:
-    """Consecutive documents of at most so many tokens together, but at least one."""
+def _joint_batches(documents: list[Document], tokens: int, most: int) -> list[list[Document]]:
+    """Consecutive documents, at most `most` and of at most so many tokens together, but at least one."""
     batches: list[list[Document]] = []
     room = 0
     for document in documents:
         room -= len(document.input_ids)
-        if room < 0:
+        if room < 0 or len(batches[-1]) == most:
             batches.append([])
             room = tokens - len(document.input_ids)
         batches[-1].append(document)
