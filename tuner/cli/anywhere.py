@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.cli.output import asker, deliver
+from tuner.cli.output import asker, deliver, say
 from tuner.errors import MachineError
 
 AddressOption = Annotated[
@@ -61,7 +61,7 @@ def anywhere(command: Callable[..., None]) -> Callable[..., None]:
         address = jobs.address_of(address)
         client = jobs.connect(address, allow_unauthenticated_cluster)
         words = [str(ctx.info_name), *_words(ctx, given)]
-        code, stdout = jobs.call(client, address, words, lambda line: typer.echo(line, err=True))
+        code, stdout = jobs.call(client, address, words, lambda line: say(line, err=True))
         output: Path | None = given.get("output")
         deliver(stdout, output if code == 0 else None)
         raise typer.Exit(code)

@@ -25,7 +25,7 @@ from tuner.cli.anywhere import (
     leave_the_job_s_folder,
 )
 from tuner.cli.options import JsonOption, QuietOption, RootOption, SetOption, SpecFile, SweepName, TrialNumber
-from tuner.cli.output import print_json, say_next
+from tuner.cli.output import print_json, say, say_next
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TunerError as error:
-            typer.echo(f"tuner: {error}", err=True)
+            say(f"tuner: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -59,7 +59,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"tuner {version('tuner')}")
+        say(f"tuner {version('tuner')}")
         raise typer.Exit()
 
 
@@ -141,12 +141,12 @@ def submit(
     """
     from tuner import api
 
-    typer.echo("waiting for the cluster to begin the sweep, or to refuse it", err=True)
+    say("waiting for the cluster to begin the sweep, or to refuse it", err=True)
     allow = allow_unauthenticated_cluster
     try:
         job = api.submit(file, *(set_ or []), address=address, root=root, allow_unauthenticated=allow, join=follow)
     except KeyboardInterrupt:
-        typer.echo("no longer waited for; what has been submitted goes on", err=True)
+        say("no longer waited for; what has been submitted goes on", err=True)
         say_next(_command("submit", file, set_) + " --follow", root, err=True, address=address)
         raise
     raise typer.Exit(_print_job(job, follow))
@@ -204,15 +204,13 @@ def cancel(
 
     sweep = open(name, root)
     if sweep.status in ACTIVE:
-        typer.echo(
-            f"asking the driver of {name} to end{'' if trial is None else f' trial {trial}'}, and waiting", err=True
-        )
+        say(f"asking the driver of {name} to end{'' if trial is None else f' trial {trial}'}, and waiting", err=True)
     sweep.cancel(trial)
     if trial is None:
-        typer.echo(f"{name} is {sweep.status}")
+        say(f"{name} is {sweep.status}")
         say_next(f"resume {name}", root)
     else:
-        typer.echo(f"trial {trial} of {name} is {sweep.trial(trial).outcome}")
+        say(f"trial {trial} of {name} is {sweep.trial(trial).outcome}")
         say_next(f"show {name} {trial}", root)
 
 
@@ -231,7 +229,7 @@ def add(
     from tuner.spec.load import parse_point
 
     number = open(name, root).add(parse_point(point))
-    typer.echo(f"trial {number} of {name} will try it")
+    say(f"trial {number} of {name} will try it")
     say_next(f"status {name}", root)
 
 
@@ -250,7 +248,7 @@ def extend(
     before = sweep.spec
     sweep.extend(*set_)
     for key, (old, new) in differences(before, sweep.spec).items():
-        typer.echo(f"{key} of {name} is {new}, was {old}")
+        say(f"{key} of {name} is {new}, was {old}")
     say_next(f"status {name}", root)
 
 
@@ -271,7 +269,7 @@ def promote(
     from tuner.cli.screens import show_promoted
 
     sweep = open(name, root)
-    done = sweep.promote(trial, alias, force, push_to_hub, progress=lambda step: typer.echo(step, err=True))
+    done = sweep.promote(trial, alias, force, push_to_hub, progress=lambda step: say(step, err=True))
     show_promoted(asdict(done))
     say_next(f"rollback {done.alias}", root)
 
@@ -285,7 +283,7 @@ def rollback(
     from tuner import api
 
     before, now = api.rollback(alias, root)
-    typer.echo(f"{alias}: {before.name} -> {now.name}, {now.place}")
+    say(f"{alias}: {before.name} -> {now.name}, {now.place}")
     say_next("ls", root)
 
 
@@ -308,13 +306,13 @@ def _resumable(spec: SweepSpec, root: str | None, not_begun: str = "") -> Iterat
         if SweepFolder.of(spec).exists():
             _say_how_to_resume(spec.name, _root_of(spec, root))
         else:
-            typer.echo("interrupted before the sweep began", err=True)
+            say("interrupted before the sweep began", err=True)
             say_next(not_begun, root, err=True)
         raise
 
 
 def _say_how_to_resume(name: str, root: str | None) -> None:
-    typer.echo("interrupted; finished trials are kept", err=True)
+    say("interrupted; finished trials are kept", err=True)
     say_next(f"resume {name}", root, err=True)
 
 
@@ -331,7 +329,7 @@ def _print_end(sweep: Sweep, root: str | None) -> int:
         _say_how_to_resume(sweep.name, root)
         return EXIT_INTERRUPTED
     if state.status != "finished":
-        typer.echo(f"tuner: {state.message or 'no trial succeeded'}", err=True)
+        say(f"tuner: {state.message or 'no trial succeeded'}", err=True)
     number = "" if sweep.best or not records else f" {records[0].number}"
     say_next(f"show {sweep.name}{number}", root)
     return 0 if state.status == "finished" else 1
@@ -339,13 +337,13 @@ def _print_end(sweep: Sweep, root: str | None) -> int:
 
 def _print_job(job: Job, follow: bool) -> int:
     """Print the name of a sweep that has begun on a cluster and, if asked, its log; return the exit code."""
-    typer.echo(job.sweep)
-    typer.echo(f"job {job.id} on {job.address}", err=True)
+    say(job.sweep)
+    say(f"job {job.id} on {job.address}", err=True)
     if follow:
         try:
-            return job.follow(lambda line: typer.echo(line, err=True))
+            return job.follow(lambda line: say(line, err=True))
         except KeyboardInterrupt:
-            typer.echo("no longer followed; the sweep goes on", err=True)
+            say("no longer followed; the sweep goes on", err=True)
     say_next(f"status {job.sweep}", job.root, err=True, address=job.address)
     return EXIT_INTERRUPTED if follow else 0
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from tuner.cli.screens import BEST_STYLE, STYLES, lay_out, line
 from tuner.execution.events import Display, Silent
+from tuner.results.plain import plain
 from tuner.results.ranking import best_report, best_trial, leaderboard
 from tuner.results.record import TrialRecord
 from tuner.results.text import (
@@ -116,7 +117,8 @@ class Lines:
         self._say(f"{over} trials are over; " + (f"the best is {best.number}" if best else "none is best"))
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[{duration(time.monotonic() - self.begun)}] {text}", markup=False, soft_wrap=True)
+        said = f"[{duration(time.monotonic() - self.begun)}] {plain(text)}"
+        self.console.print(said, markup=False, soft_wrap=True)
 
 
 class LiveTable:
@@ -189,7 +191,7 @@ class LiveTable:
         for ratio in (None, None, None, 1, None):
             grid.add_column(ratio=ratio, no_wrap=True)
         elapsed = duration(time.monotonic() - self._begun)
-        grid.add_row(self._spinner, Text(self._stage, style="bold"), bar, Text(amount, style="dim"), Text(elapsed))
+        grid.add_row(self._spinner, line(self._stage, "bold"), bar, Text(amount, style="dim"), Text(elapsed))
         return grid
 
     def _rows_that_fit(self, records: list[TrialRecord]) -> list[TrialRecord]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
+from tuner.results.plain import plain, plain_json
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -35,6 +37,14 @@ class Asker:
 asker = Asker()
 
 
+def say(text: str = "", err: bool = False) -> None:
+    """Print for a person. Whatever is in the text, the terminal is told nothing by it.
+
+    All that a command prints goes through here or `deliver`, but for rich's tables, which are made of `screens.line`.
+    """
+    typer.echo(plain(text), err=err)
+
+
 def say_next(command: str, root: str | None, err: bool = False, address: str | None = None) -> None:
     """Print the next command to type, with its root, as it can be typed here: by this one's path unless PATH has it.
 
@@ -45,11 +55,11 @@ def say_next(command: str, root: str | None, err: bool = False, address: str | N
     at = f" --root {shlex.quote(root)}" if root else ""
     if address := address or asker.address:
         at += f" --address {shlex.quote(address)}"
-    typer.echo(f"{shlex.quote(str(called)) if here else 'tuner'} {command}{at}", err=err)
+    say(f"{shlex.quote(str(called)) if here else 'tuner'} {command}{at}", err=err)
 
 
 def as_text(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    return plain_json(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_json(document: Any) -> None:
@@ -57,13 +67,15 @@ def print_json(document: Any) -> None:
 
 
 def deliver(content: str | bytes, output: Path | None) -> None:
-    """To a file, or to stdout."""
+    """To a file, or to stdout; bytes are taken as they are where that is no terminal."""
     if output:
         with _opened(output) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-        typer.echo(f"wrote {output}", err=True)
-    else:
+        say(f"wrote {output}", err=True)
+    elif isinstance(content, bytes) and not sys.stdout.isatty():
         typer.echo(content, nl=False)
+    else:
+        typer.echo(plain(content if isinstance(content, str) else content.decode(errors="replace")), nl=False)
 
 
 def _opened(output: Path) -> BinaryIO:
@@ -80,10 +92,10 @@ def export(frame: pd.DataFrame, format: Format, output: Path | None) -> None:
     if output:
         with _opened(output) as file:
             write_frame(frame, format.value, file)
-        typer.echo(f"wrote {output}", err=True)
+        say(f"wrote {output}", err=True)
     elif format is Format.parquet and sys.stdout.isatty():
         raise typer.BadParameter("parquet is binary: give --output FILE, or redirect")
     else:
         buffer = io.BytesIO()
         write_frame(frame, format.value, buffer)
-        typer.echo(buffer.getvalue(), nl=False)
+        deliver(buffer.getvalue(), None)

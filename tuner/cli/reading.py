@@ -9,7 +9,7 @@ import typer
 
 from tuner.cli.anywhere import anywhere
 from tuner.cli.options import JsonOption, RootOption, SweepName, TrialNumber
-from tuner.cli.output import Format, as_text, deliver, export, print_json, say_next
+from tuner.cli.output import Format, as_text, deliver, export, print_json, say, say_next
 
 
 @anywhere
@@ -27,7 +27,7 @@ def ls(root: RootOption = None, as_json: JsonOption = False) -> None:
         show_overview(rows)
         say_next(f"status {rows[0]['name']}", root)
     else:
-        typer.echo(f"no sweeps in {absolute_root(root) if root else default_root()} yet")
+        say(f"no sweeps in {absolute_root(root) if root else default_root()} yet")
         say_next("run FILE", root)
 
 
@@ -124,7 +124,7 @@ def verify(
     from tuner.execution.logs import library_output_to
 
     sweep = open(name, root)
-    typer.echo(f"training a trial of {name} again, alone, as far as its record goes", err=True)
+    say(f"training a trial of {name} again, alone, as far as its record goes", err=True)
     with library_output_to(sweep.folder.verify_log):
         found = sweep.verify(trial)
     if as_json:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from tuner.cli.output import asker
+from tuner.cli.output import asker, say
+from tuner.results.plain import plain
 from tuner.results.ranking import best_trial
 from tuner.results.record import SweepStatus, TrialRecord, iso, outcome_counts
 from tuner.results.text import (
@@ -44,6 +45,10 @@ _UNLIMITED = 100_000
 
 def lay_out(columns: Sequence[Column], width: int) -> tuple[list[str], list[str]]:
     """The lines of a table, header first, that fit a width, and the headings that had to go."""
+    columns = [
+        replace(column, header=plain(column.header, True), cells=[plain(cell, True) for cell in column.cells])
+        for column in columns
+    ]
     kept, dropped = fit(columns, width)
     padded = [
         [
@@ -58,12 +63,12 @@ def lay_out(columns: Sequence[Column], width: int) -> tuple[list[str], list[str]
 
 def line(text: str, style: str = "") -> Text:
     """One line that is cut, never wrapped."""
-    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+    return Text(plain(text, one_line=True), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
     """Print one line, cut where the terminal ends: of a text's own `no_wrap` Console.print takes no notice."""
-    console.print(Text(text, style=style), no_wrap=True, overflow="ellipsis")
+    console.print(line(text, style), no_wrap=True, overflow="ellipsis")
 
 
 def from_here(path: str | None) -> str | None:
@@ -81,7 +86,7 @@ def show_table(columns: Sequence[Column], styles: Sequence[str]) -> None:
     console = Console(highlight=False)
     lines, dropped = lay_out(columns, console.width if console.is_terminal else _UNLIMITED)
     if not console.is_terminal:
-        print("\n".join(lines))
+        say("\n".join(lines))
         return
     for text, style in zip(lines, ["bold", *styles], strict=True):
         print_line(console, text, style)
@@ -107,27 +112,25 @@ def show_endings(records: Sequence[TrialRecord]) -> None:
     """Print why trials failed or were infeasible, a line each."""
     for record in records:
         if record.outcome in ("INFEASIBLE", "FAILED"):
-            print(
-                textwrap.shorten(f"trial {record.number} {record.outcome}: {ending(record)}", 160, placeholder=" ...")
-            )
+            say(textwrap.shorten(f"trial {record.number} {record.outcome}: {ending(record)}", 160, placeholder=" ..."))
 
 
 def show_best(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> None:
     """Print the winner in one paragraph, or that there is none."""
     found = best_trial(records, spec.objective, status.tokens_per_trial)
     if found is None:
-        print("best: none; no trial completed its budget with a finite score")
+        say("best: none; no trial completed its budget with a finite score")
         return
     record, report = found
     metric = spec.objective.metric
     versus = change(getattr(report, metric), status.baseline.get(metric))
-    print(
+    say(
         f"best: trial {record.number}, {scores_text(report.as_dict())}"
         + (f" ({metric} {versus} against the base)" if versus else "")
     )
-    print("  " + "  ".join(f"{key}={compact(value)}" for key, value in record.point.items()))
+    say("  " + "  ".join(f"{key}={compact(value)}" for key, value in record.point.items()))
     adapter = from_here(report.adapter_path) or "not kept"
-    print(f"  scored at {count(report.tokens)} tokens, step {report.step}; adapter {adapter}")
+    say(f"  scored at {count(report.tokens)} tokens, step {report.step}; adapter {adapter}")
 
 
 def show_promoted(promoted: dict[str, Any] | None) -> None:
@@ -135,17 +138,17 @@ def show_promoted(promoted: dict[str, Any] | None) -> None:
     if not promoted:
         return
     if reasons := promoted.get("refused"):
-        print("not promoted: " + "; ".join(reasons))
+        say("not promoted: " + "; ".join(reasons))
         return
     forced = ", forced" if promoted.get("forced") else ""
-    print(f"promoted: {promoted['alias']} {promoted['version']}{forced}, {from_here(promoted['path'])}")
-    print(
+    say(f"promoted: {promoted['alias']} {promoted['version']}{forced}, {from_here(promoted['path'])}")
+    say(
         f"  merged and loaded again it scores {figure(promoted.get('score_after'))}; "
         f"the trial {figure(promoted.get('score_before'))}, the base {figure(promoted.get('baseline'))}"
     )
     for sample in (promoted.get("samples") or [])[:1]:
         for label in ("prompt", "before", "after"):
-            print(_paragraph(f"  {label:<8}", str(sample.get(label, ""))))
+            say(_paragraph(f"  {label:<8}", str(sample.get(label, ""))))
 
 
 def _paragraph(label: str, text: str) -> str:
@@ -170,7 +173,7 @@ def show_status(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRec
         "last heartbeat": iso(status.heartbeat) or "none yet",
     }
     for key, value in facts.items():
-        print(f"{key:<15} {value}")
+        say(f"{key:<15} {value}")
     show_best(spec, status, records)
     show_promoted({key: value for key, value in (status.promoted or {}).items() if key != "samples"})
 
@@ -187,7 +190,7 @@ def show_comparison(found: Comparison) -> None:
         ]
     show_table(columns, [""] * len(pairs))
     verdict = "agrees with" if found.agrees else "differs from"
-    print(
+    say(
         f"trial {found.number} {verdict} its rerun: eval_loss by {found.largest['eval_loss']:.1e} at most, where "
         f"{found.bound:g} is allowed ({found.why_this_bound})"
     )
@@ -208,28 +211,28 @@ def sharing_text(sharing: dict[str, Any] | None) -> str:
 
 def show_trial(record: TrialRecord) -> None:
     """Print all that is known of one trial: how it ended, what it ran with, its reports, its last words."""
-    print(f"trial {record.number}: {record.outcome}" + (f", {ending(record)}" if ending(record) else ""))
+    say(f"trial {record.number}: {record.outcome}" + (f", {ending(record)}" if ending(record) else ""))
     if record.report:
-        print(f"{scores_text(record.report.as_dict())} at {count(record.tokens)} tokens, step {record.step}")
-        print(f"adapter  {from_here(record.adapter_path) or 'not kept'}")
+        say(f"{scores_text(record.report.as_dict())} at {count(record.tokens)} tokens, step {record.step}")
+        say(f"adapter  {from_here(record.adapter_path) or 'not kept'}")
     speed = f"{record.tokens_per_s:.0f} tokens/s" if record.tokens_per_s else ""
-    print(", ".join(filter(None, [f"{count(record.reached)} tokens trained", duration(record.duration_s), speed])))
-    print("\nconfig (* searched)")
+    say(", ".join(filter(None, [f"{count(record.reached)} tokens trained", duration(record.duration_s), speed])))
+    say("\nconfig (* searched)")
     for section in ("model", "train", "lora"):
         for key, value in sorted((record.config.get(section) or {}).items()):
             dotted = f"{section}.{key}"
-            print(f"{'*' if dotted in record.point else ' '} {dotted} = {_value(value)}")
+            say(f"{'*' if dotted in record.point else ' '} {dotted} = {_value(value)}")
     for dotted in sorted(key for key in record.point if not _stands_in(record.config, key)):
-        print(f"* {dotted} = {_value(record.point[dotted])}")
+        say(f"* {dotted} = {_value(record.point[dotted])}")
     if record.reports:
-        print()
+        say()
         show_table(_report_columns(record), [BEST_STYLE if one is record.report else "" for one in record.reports])
     for attempt in record.tried:
-        print(f"\ntried before, up to {count(attempt.tokens)} tokens\n{textwrap.indent(str(attempt), '  ')}")
+        say(f"\ntried before, up to {count(attempt.tokens)} tokens\n{textwrap.indent(str(attempt), '  ')}")
     if record.reason:
-        print(f"\nreason\n{textwrap.indent(record.reason.strip(), '  ')}")
+        say(f"\nreason\n{textwrap.indent(record.reason.strip(), '  ')}")
     if record.log_tail:
-        print(f"\nlast lines of its log\n{textwrap.indent(record.log_tail.rstrip(), '  ')}")
+        say(f"\nlast lines of its log\n{textwrap.indent(record.log_tail.rstrip(), '  ')}")
 
 
 def _stands_in(config: dict[str, Any], dotted: str) -> bool:
@@ -274,7 +277,7 @@ def show_overview(rows: Sequence[dict[str, Any]]) -> None:
     show_table(columns, [STYLES.get(str(row["status"]).upper(), "") for row in rows])
     for row in rows:
         if row["status"] == "unreadable":
-            print(f"{row['name']}: {row['problem']}", file=sys.stderr)
+            say(f"{row['name']}: {row['problem']}", err=True)
 
 
 def _base_text(spec: SweepSpec) -> str:
@@ -308,13 +311,13 @@ def show_spec(spec: SweepSpec, most: WorstCase | None = None) -> None:
         "root": spec.storage.root,
     }
     for key, value in facts.items():
-        print(f"{key:<10} {value}")
+        say(f"{key:<10} {value}")
     for key, distribution in spec.space.items():
-        print(f"  {key}: {describe(distribution)}")
+        say(f"  {key}: {describe(distribution)}")
     for sentence in without_effect(spec):
-        print(sentence)
+        say(sentence)
     if most is not None:
         tokens = "as many epochs as asked for" if most.tokens is None else f"{most.tokens:,} tokens"
-        print(f"at most    {most.trials} trials, {tokens} trained, {most.evaluated_rows:,} rows scored")
-        print(f"  memory   {most.strategy}")
-        print(f"  disk     {most.disk_bytes / 1e9:.2f} GB; one adapter {most.adapter_bytes / 1e6:.1f} MB")
+        say(f"at most    {most.trials} trials, {tokens} trained, {most.evaluated_rows:,} rows scored")
+        say(f"  memory   {most.strategy}")
+        say(f"  disk     {most.disk_bytes / 1e9:.2f} GB; one adapter {most.adapter_bytes / 1e6:.1f} MB")
