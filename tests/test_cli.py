@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from tuner.cli import commands
 from tuner.errors import TunerError
 from tuner.results.requests import Request
 from tuner.results.store import Store
-from tuner.spec.layout import Root
+from tuner.spec.layout import Root, SweepFolder
 
 TESTS = Path(__file__).parent
 
@@ -115,6 +117,63 @@ def test_the_list_of_sweeps_is_newest_first_and_names_what_cannot_be_read(tmp_pa
     assert [row["name"] for row in rows] == ["newer", "older", "broken"]
     assert (rows[0]["score"], rows[0]["baseline"], rows[2]["status"]) == (2.6, 3.0, "unreadable")
     assert list(tuner.sweeps(tmp_path)["name"]) == ["newer", "older", "broken"]
+
+
+UNREADABLE = {
+    "empty": lambda sweep: sweep.spec.write_text(""),
+    "no_mapping": lambda sweep: sweep.spec.write_text("- a list"),
+    "no_text": lambda sweep: sweep.spec.write_bytes(b"\xff\xfe\x00"),
+    "newer_key": lambda sweep: sweep.spec.write_text(sweep.spec.read_text() + "\nfuture: 1\n"),
+    "newer_inner_key": lambda sweep: sweep.spec.write_text(
+        sweep.spec.read_text().replace("objective:", "objective:\n  future: 2")
+    ),
+    "a_folder": lambda sweep: (sweep.spec.unlink(), sweep.spec.mkdir()),
+    "leads_out": lambda sweep: (sweep.spec.unlink(), sweep.spec.symlink_to("/nowhere")),
+    "loops": lambda sweep: (shutil.rmtree(sweep.path), sweep.path.symlink_to(sweep.path)),
+    "cut": lambda sweep: sweep.study.write_bytes(sweep.study.read_bytes()[:9000]),
+    "no_file": lambda sweep: (sweep.study.unlink(), sweep.study.mkdir()),
+    "newer_optuna": lambda sweep: sql(sweep, "update alembic_version set version_num = 'v9.9.9.a'"),
+    "no_study": lambda sweep: sql(sweep, "delete from studies"),
+    "no_json": lambda sweep: sql(sweep, "update trial_user_attributes set value_json = '{'"),
+    "no_database": lambda sweep: sweep.spec.write_text(
+        sweep.spec.read_text().replace("study: null", "study: nosuch://host/base")
+    ),
+}
+"""What somebody's hand, a disk or a newer version may do to one sweep of many."""
+
+
+def sql(sweep: SweepFolder, statement: str) -> None:
+    with closing(sqlite3.connect(sweep.study)) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+def test_a_sweep_that_cannot_be_read_hides_no_other(tmp_path):
+    """Every walker of a root: `ls`, its JSON, the API, and what is near a name that is not there."""
+    for name, damage in UNREADABLE.items():
+        damage(make_sweep(tmp_path, TRIALS[:1], name=name).folder)
+    make_sweep(tmp_path, TRIALS[:1], name="sound")
+    (tmp_path / "sweeps" / "a_file").write_text("no sweep")
+    result = tuner_command(tmp_path, "ls")
+    assert result.exit_code == 0
+    assert ["sound", "finished"] in [line.split()[:2] for line in result.stdout.splitlines()]
+    rows = {row["name"]: row for row in json.loads(tuner_command(tmp_path, "ls", "--json").stdout)}
+    assert set(rows) == {*UNREADABLE, "sound"}
+    assert {name for name, row in rows.items() if row["status"] != "unreadable"} == {"sound"}
+    for name in UNREADABLE:
+        assert rows[name]["problem"]
+        assert f"{name}: " in result.stderr
+    assert set(tuner.sweeps(tmp_path)["name"]) == set(rows)
+    assert "did you mean sound?" in tuner_command(tmp_path, "status", "sounds").stderr
+
+
+@pytest.mark.parametrize("name", ["empty", "newer_key", "a_folder", "no_text", "newer_optuna", "no_study", "cut"])
+def test_a_command_says_what_is_wrong_with_a_sweep_that_cannot_be_read(name, tmp_path):
+    UNREADABLE[name](make_sweep(tmp_path, TRIALS[:1], name=name).folder)
+    result = tuner_command(tmp_path, "status", name)
+    assert result.exit_code in (1, 2)
+    assert result.stderr.startswith("tuner: ")
+    assert "Traceback" not in result.stderr
 
 
 def test_the_version_is_that_of_the_package(root):

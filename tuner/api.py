@@ -141,8 +141,9 @@ def overview(root: str | Path | None = None) -> list[dict[str, Any]]:
     for name in sweep_names(place):
         try:
             rows.append({"name": name} | Sweep(Store.open(place.sweep(name))).summary())
-        except TunerError as error:
-            rows.append({"name": name, **dict.fromkeys(_OVERVIEW), "status": "unreadable", "problem": str(error)})
+        except Exception as error:  # a border: whatever one sweep has become, the others are listed
+            problem = str(error) if isinstance(error, TunerError) else f"{type(error).__name__}: {error}"
+            rows.append({"name": name, **dict.fromkeys(_OVERVIEW), "status": "unreadable", "problem": problem})
     return sorted(rows, key=lambda row: (row["created"] is not None, row["created"]), reverse=True)
 
 

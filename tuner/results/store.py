@@ -18,8 +18,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
-from tuner.errors import NotFoundError, TunerError
+from tuner.errors import NotFoundError, SpecError, TunerError
 from tuner.results import tables
 from tuner.results.alive import BEAT_S, driver_lives, may_live
 from tuner.results.database import connect, database_url, engine_options, one_at_a_time, persistent, say_away
@@ -27,6 +28,7 @@ from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.results.requests import Requests
 from tuner.spec.changes import differences
+from tuner.spec.checks.shape import check_shape
 from tuner.spec.checks.words import show
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.load import dump_spec
@@ -126,7 +128,10 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = self._url.render_as_string(hide_password=False)
         options = engine_options(self._url, durable=False)
-        return optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=not create)
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=not create)
+        except RuntimeError as error:  # its tables are a newer Optuna's
+            raise TunerError(f"the study of sweep {self.spec.name!r} cannot be read: {error}") from error
 
     # The study and its trials
 
@@ -150,7 +155,10 @@ class Store:
         """The sweep's own study. The search sets `study.sampler`; direction and name come from the spec."""
         import optuna
 
-        return optuna.load_study(study_name=self.spec.name, storage=self._storage)
+        try:
+            return optuna.load_study(study_name=self.spec.name, storage=self._storage)
+        except KeyError as error:
+            raise TunerError(f"sweep {self.spec.name!r} has lost its study in the database") from error
 
     @cached_property
     def _study_id(self) -> int:
@@ -355,14 +363,22 @@ class Store:
 
 
 def _spec_of(folder: SweepFolder) -> SweepSpec:
-    """The spec that a sweep began with. Raises `NotFoundError`."""
-    try:
+    """The spec that a sweep began with. Raises `NotFoundError`, and `TunerError` where it is none of this version."""
+    try:  # a border: the file may be anything by now
         text = folder.root.read(folder.spec)
     except FileNotFoundError:
         raise NotFoundError(_no_such_sweep(folder)) from None
-    asked = parse_yaml(text, folder.root.address(folder.spec))
+    except (OSError, UnicodeError) as error:
+        raise TunerError(f"the spec of sweep {folder.name!r} cannot be read: {error}") from error
+    place = folder.root.address(folder.spec)
+    asked = parse_yaml(text, place)
+    if not isinstance(asked, dict) or not isinstance(asked.get("storage"), dict):
+        raise TunerError(f"{place} holds no spec any more: sweep {folder.name!r} cannot be read")
     asked["storage"]["root"] = folder.root.place  # it may have moved since
-    return SweepSpec.model_validate(asked)
+    try:
+        return SweepSpec.model_validate(asked)
+    except ValidationError as error:
+        raise SpecError(check_shape(asked)[1], f"{place}, by another version of tuner or changed since") from error
 
 
 def _already_there(folder: SweepFolder, spec: SweepSpec) -> TunerError:
@@ -388,6 +404,13 @@ def _no_such_sweep(folder: SweepFolder) -> str:
 
 
 def sweep_names(root: Root) -> list[str]:
-    """The names of a root's sweeps, sorted."""
-    names = [name for name in root.names(root.sweeps) if NAME.fullmatch(name)]
-    return [name for name in names if root.exists(root.sweep(name).spec)]
+    """The names of a root's sweeps, sorted; also of those that cannot be read."""
+    return [name for name in root.names(root.sweeps) if NAME.fullmatch(name) and _is_sweep(root, name)]
+
+
+def _is_sweep(root: Root, name: str) -> bool:
+    try:  # a border: links and permissions are anybody's
+        folder = root.sweep(name)
+        return root.exists(folder.spec) or folder.spec.is_symlink() or folder.path.is_symlink()
+    except (TunerError, OSError):
+        return True  # what is wrong with it is said when it is opened
