@@ -47,7 +47,8 @@ def choice(*values: object) -> dict[str, Any]:
                 "pad_to_multiple_of": 8,
                 "packing": "bfd",
                 "padding_free": True,
-            }
+            },
+            "resources": {"gpus_per_worker": 1},
         },
     ],
     ids=str,
@@ -136,7 +137,7 @@ RATE = {"train.learning_rate": {"type": "log_uniform", "low": 1e-4, "high": 1e-2
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_only_some_trials_have_sends_only_those_apart(space, sentence, apart, shares, tmp_path, capsys):
-    spec = spec_of(tmp_path, space=RATE | space)
+    spec = spec_of(tmp_path, space=RATE | space, resources={"gpus_per_worker": 1})
     assert why_not_shared(spec) == []
     assert trials_apart(spec) == [sentence]
     (reason,) = why_apart(resolve(spec, 0, apart))

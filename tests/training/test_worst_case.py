@@ -9,6 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tuner.errors import TunerError
 from tuner.spec.load import parse_spec
 from tuner.training.worst_case import WorstCase, worst_case
 
@@ -41,6 +42,34 @@ def most(model: Path, folder: Path, **budget: Any) -> WorstCase:
 def test_tokens_of_every_kind_of_budget(budget, tokens, tiny_model_dir, tmp_path):
     found = most(tiny_model_dir, tmp_path, **budget)
     assert (found.trials, found.tokens, found.evaluated_rows) == (3, tokens, (3 * 4 + 1) * 50)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("", "is not a valid JSON file"),
+        ("{}", "Should have a `model_type` key"),
+        ('{"model_type": "nosuch"}', "`nosuch`"),
+        ('{"model_type": "llama", "hidden_size": "many"}', "expected int, got str"),
+        ('{"model_type": "llama", "hidden_size": 63}', "not a multiple of the number of attention heads"),
+        ('{"model_type": "vit"}', "Unrecognized configuration class"),
+        (None, "couldn't"),
+    ],
+)
+def test_of_a_model_that_cannot_be_made_there_is_no_plan_but_a_reason(config, reason, tmp_path):
+    values = {"name": "none", "model": {"name": "nobody/nothing"}, "data": {"path": "org/rows"}}
+    if config is not None:
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text(config)
+        (tmp_path / "base" / "model.safetensors").touch()
+        values["model"] = {"name": "base"}
+    space = {"lora.r": {"type": "int", "low": 4, "high": 8}}
+    spec = parse_spec(values | {"space": space, "budget": {"trials": 2, "tokens_per_trial": 100}}, tmp_path)
+    with pytest.raises(TunerError) as caught:
+        worst_case(spec)
+    assert str(caught.value).startswith("there is no plan, since model.name ")
+    assert reason in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_disk_is_that_of_the_largest_adapter_as_often_as_it_may_lie_there(tiny_model_dir, tmp_path):

@@ -153,6 +153,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 REFUSED_VALUES = {
     ("train.lr_scheduler_type", "reduce_lr_on_plateau"): "the schedule ends where the budget does",
     ("train.lr_scheduler_type", "greedy"): "the schedule ends where the budget does",
+    ("train.optim", "galore_adafactor_layerwise"): "galore-torch refuses a learning rate for it, which a trial has",
     **{
         ("lora.init_lora_weights", value): "it changes the base, and its adapter does not fit the original one"
         for value in ("pissa", "pissa_niter_[number of iters]", "olora", "corda", "loftq", "lora_ga")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import Any
 
+from tuner.errors import TunerError
 from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
@@ -39,10 +41,19 @@ class WorstCase:
 
 
 def worst_case(spec: SweepSpec) -> WorstCase:
-    """What this sweep takes at most. The model's config is read, from the hub if it is there."""
+    """What this sweep takes at most. The model's config is read, from the hub if it is there.
+
+    Raises TunerError where the config cannot be had, or no such model can be made of it.
+    """
     budget, cache = spec.budget, Root.of(spec).cache
-    chosen, config = choose_strategy(spec, cache), largest_trial(spec, cache)
-    alone = estimate(config, ResourcesSpec(), cache)  # nothing sharded: what is saved is whole
+    try:  # a border: the config is somebody's, and the code that reads it may be the model's own
+        chosen, config = choose_strategy(spec, cache), largest_trial(spec, cache)
+        alone = estimate(config, ResourcesSpec(), cache)  # nothing sharded: what is saved is whole
+    except TunerError:
+        raise
+    except Exception as error:
+        said = " ".join(shorten(line, 300, placeholder=" ...") for line in str(error).strip().splitlines()[:2])
+        raise TunerError(f"there is no plan, since model.name {spec.model.name} gives no model: {said}") from error
     adapter = alone.trained if config["lora"] is not None else alone.base + alone.trained
     at_once = min(spec.resources.max_concurrent_trials or budget.trials, budget.trials)
     # A running trial has its best adapter, its last, one being written, and the state it would go on from.

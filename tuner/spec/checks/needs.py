@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from tuner.errors import Problem
 from tuner.spec.checks.fields import place_of, possible_values
 from tuner.spec.checks.words import any_of, show
-from tuner.spec.sweep import SweepSpec
+from tuner.spec.sweep import ResourcesSpec, SweepSpec
 
+GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA's driver, AMD's, and either under WSL."""
 # Module -> what pip is to install.
 _PACKAGES = {
     "apollo_torch": "apollo-torch",
@@ -44,16 +48,21 @@ _OF_OPTIMIZER = {
 }
 """How an optimizer's name begins -> the module that it is in."""
 
+_OPTIMIZERS_FOR_GPUS = ("adalomo", "galore_adamw_8bit", "galore_adamw_8bit_layerwise")
+"""Those that call CUDA whatever device the weights are on."""
 _FOR_GPUS = {
-    "train.use_liger_kernel": "train.use_liger_kernel takes kernels that are written for GPUs",
-    "train.activation_offloading": "train.activation_offloading moves activations off a GPU",
-    "train.tf32": "train.tf32 is a number format of GPUs",
+    "train.use_liger_kernel": "takes kernels that are written for GPUs",
+    "train.activation_offloading": "moves activations off a GPU",
+    "train.tf32": "is a number format of GPUs",
 }
 
 
 def check_needs(spec: SweepSpec) -> list[Problem]:
-    """Find every option whose package is not installed."""
+    """Find every option whose package is not installed, or which takes a GPU where trials have none."""
     found = []
+    for key, value, reason in [] if _has_gpus(spec.resources) else _for_gpus(spec):
+        allowed = f"others: it {reason}, and no trial has one here"
+        found.append(Problem(place_of(spec, key), show(value), allowed))
     for key, value, modules in _needed(spec):
         if not any(importlib.util.find_spec(module) for module in modules):
             packages = any_of([f"pip install {_PACKAGES[module]}" for module in modules])
@@ -88,8 +97,32 @@ def check_foreign_code(spec: SweepSpec) -> list[Problem]:
 
 def why_gpu(spec: SweepSpec) -> list[str]:
     """Options that workers without a GPU cannot follow, or would silently leave out; empty for most specs."""
-    paged = [value for value in possible_values(spec, "train.optim") if str(value).startswith("paged_")]
-    flash = [value for value in possible_values(spec, "model.attn_implementation") if str(value).startswith("flash")]
-    reasons = [f"train.optim {value} keeps its state in memory that a GPU and its host share" for value in paged]
-    reasons += [f"model.attn_implementation {value} is written for GPUs" for value in flash]
-    return reasons + [reason for key, reason in _FOR_GPUS.items() if True in possible_values(spec, key)]
+    return [f"{key}{'' if value is True else f' {value}'} {reason}" for key, value, reason in _for_gpus(spec)]
+
+
+def _for_gpus(spec: SweepSpec) -> Iterator[tuple[str, Any, str]]:
+    """Key, value, and why it takes a GPU."""
+    for value in possible_values(spec, "train.optim"):
+        if str(value).startswith("paged_"):
+            yield "train.optim", value, "keeps its state in memory that a GPU and its host share"
+        elif value in _OPTIMIZERS_FOR_GPUS:
+            yield "train.optim", value, "is written for GPUs"
+    for value in possible_values(spec, "model.attn_implementation"):
+        if str(value).startswith("flash"):
+            yield "model.attn_implementation", value, "is written for GPUs"
+    for key, reason in _FOR_GPUS.items():
+        if True in possible_values(spec, key):
+            yield key, True, reason
+
+
+def _has_gpus(resources: ResourcesSpec) -> bool:
+    """Whether trials may have GPUs: as asked for or, where that is not said, if this machine has one.
+
+    Devices are looked for as files: no library that knows them is light. A cluster may have others.
+    """
+    if resources.gpus_per_worker is not None:
+        return resources.gpus_per_worker > 0
+    if "RAY_ADDRESS" in os.environ:
+        return True
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    return not hidden and any(glob.glob(device) for device in GPU_DEVICES)
