@@ -21,9 +21,9 @@ import torch
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from tuner.errors import DiskFullError, PromotionRefused, TunerError
+from tuner.errors import DiskFullError, PromotionRefused
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.gate import lost_by_merging
@@ -31,7 +31,7 @@ from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.spec.layout import refuse_full_disk
 from tuner.training.evaluation import score
 from tuner.training.identity import changes_of_base, identify
-from tuner.training.model import load_model, load_tokenizer, pretrained_source
+from tuner.training.model import load_model, load_tokenizer, load_whole, pretrained_source
 from tuner.training.tokens import configure_tokenizer
 
 if TYPE_CHECKING:
@@ -142,20 +142,14 @@ def _untie_if_adapted(model: PreTrainedModel) -> None:
 
 def load_saved(folder: Path, model: dict[str, Any]) -> PreTrainedModel:
     """Load a saved model as anybody would, with plain transformers; raise TunerError unless every weight is there."""
-    loaded: Any
-    loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+    loaded: Any = load_whole(
         folder,
+        str(folder),
         dtype="auto",
         attn_implementation=model["attn_implementation"],
         trust_remote_code=model["trust_remote_code"],
         use_safetensors=True,
-        output_loading_info=True,
     )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            raise TunerError(
-                f"{folder}: {problem.replace('_', ' ')} when loaded again: {sorted(map(str, info[problem]))}"
-            )
     return loaded.to(device_for(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
-from tuner.errors import TunerError
+from tuner.errors import TunerError, is_out_of_memory
 from tuner.training.cache import make_once
 from tuner.training.identity import place_of_base, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SHOWN = 3
 _PICKLE = re.compile(rb'\.(bin|pt|pth|pkl)"')
 
 
@@ -31,24 +33,83 @@ def load_model(
     """Load the base as `ModelSpec` says: dtype, quantization, attention. Weights come from safetensors only.
 
     Without a device, whoever shards the model among workers moves its parts. `quant_storage` is what four-bit weights
-    pretend to be made of. Raises TunerError for a base that cannot be had so.
+    pretend to be made of. Raises TunerError for a base that cannot be had so, or whose files do not fit it.
     """
     source, options = pretrained_source(model, cache)
     if model["attn_implementation"]:
         options["attn_implementation"] = model["attn_implementation"]
     if Path(source).is_dir():
         _refuse_pickles(Path(source))
+    return load_whole(
+        source,
+        f"model.name: {model['name']}",
+        dtype=getattr(torch, model["dtype"]),
+        quantization_config=quantization_config(model, quant_storage),
+        device_map=None if device is None else {"": device},
+        use_safetensors=True,
+        **options,
+    )
+
+
+def load_whole(source: str | Path, named: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` for a model whose files hold exactly its weights.
+
+    transformers only warns of a weight that is missing and draws a random one. Weights that the model's class computes
+    or ties, and tensors that it ignores, are no difference.
+
+    Args:
+        source: a folder or hub id.
+        named: what the message of an error begins with.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        TunerError: the model cannot be loaded, or a weight is missing, of another shape or not one of the model's.
+    """
     try:  # a border: of the files of others anything may be wrong
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, model["dtype"]),
-            quantization_config=quantization_config(model, quant_storage),
-            device_map=None if device is None else {"": device},
-            use_safetensors=True,
-            **options,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _cannot_be_loaded(model, error) from error
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _cannot_be_loaded(named, error) from error
+    model, info = loaded
+    info["mismatched_keys"] |= _misfits(model)
+    if found := _differences(info):
+        raise TunerError(f"{named} does not fit its files: {'; '.join(found)}")
+    return model
+
+
+def _misfits(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Weights that bitsandbytes quantised in another shape than their layer's, which transformers does not notice."""
+    found: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        of_nf4: Any = getattr(layer.weight, "quant_state", None)
+        of_int8 = layer.weight if hasattr(layer.weight, "SCB") else None
+        stored, wanted = of_nf4 if of_nf4 is not None else of_int8, (layer.out_features, layer.in_features)
+        if stored is not None and tuple(stored.shape) != wanted:
+            found.add((f"{name}.weight", tuple(stored.shape), wanted))
+    return found
+
+
+def _differences(info: dict[str, Any]) -> list[str]:
+    """What transformers' loading info says of weights that are not as the model's config wants them, in words."""
+    missing, strangers = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    others = [f"{name} is {_shape(stored)}, not {_shape(wanted)}" for name, stored, wanted in info["mismatched_keys"]]
+    found = [f"{len(missing)} weights are missing ({_some(missing)})"] if missing else []
+    found += [f"{len(others)} have another shape ({_some(sorted(others))})"] if others else []
+    return found + ([f"{len(strangers)} belong to no part of the model ({_some(strangers)})"] if strangers else [])
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -59,9 +120,9 @@ def _refuse_pickles(folder: Path) -> None:
         raise TunerError(f"model.name: {folder} does not have its weights in safetensors; pickles are never read")
 
 
-def _cannot_be_loaded(model: dict[str, Any], error: Exception) -> TunerError:
+def _cannot_be_loaded(named: str, error: Exception) -> TunerError:
     said = (str(error).splitlines() or [type(error).__name__])[0]
-    return TunerError(f"model.name: {model['name']} cannot be loaded: {said}")
+    return TunerError(f"{named} cannot be loaded: {said}")
 
 
 def load_tokenizer(model: dict[str, Any], cache: Path) -> PreTrainedTokenizerBase:
@@ -73,7 +134,7 @@ def load_tokenizer(model: dict[str, Any], cache: Path) -> PreTrainedTokenizerBas
     try:  # a border, as above
         return copy.deepcopy(_read_tokenizer(source, **options))
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_be_loaded(model, error) from error
+        raise _cannot_be_loaded(f"model.name: {model['name']}", error) from error
 
 
 @lru_cache
@@ -117,9 +178,9 @@ def _converted_gguf(folder: str, model: dict[str, Any], cache: Path) -> Path:
 
 
 def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model["gguf_file"], trust_remote_code=False)
-    weights = AutoModelForCausalLM.from_pretrained(
+    weights = load_whole(
         folder,
+        f"model.gguf_file: {model['gguf_file']}",
         gguf_file=model["gguf_file"],
         dtype=getattr(torch, model["dtype"]),
         quantization_config=GgufConfig(dequantize=True),
@@ -128,5 +189,6 @@ def _convert_gguf(folder: str, model: dict[str, Any], target: Path) -> dict[str,
     # The loader still calls the model GGUF-quantised in its config, though its weights are plain now.
     weights.config.__dict__.pop("quantization_config", None)
     weights.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model["gguf_file"], trust_remote_code=False)
     tokenizer.save_pretrained(target)
     return {"gguf_file": model["gguf_file"]}
