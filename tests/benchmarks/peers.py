@@ -63,7 +63,7 @@ def prepare(job: Job) -> Outcome:
     write_data(work, folder)
     spec = spec_for(work, make_model(work, folder), folder)
     base = load_base(spec)
-    facts = prepare_sweep(spec, lambda *event: None, measure=lambda sweep: score_base(spec, base))
+    facts = prepare_sweep(spec, lambda *event: None, measure=lambda sweep: score_base(spec, base, sweep))
     rows = prepare_rows(spec, spec.train, AutoTokenizer.from_pretrained(base.config._name_or_path))
     return {
         "spec": spec.model_dump(mode="json"),

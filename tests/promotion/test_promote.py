@@ -28,6 +28,7 @@ from tuner.promotion.registry import current, history, rollback, versions
 from tuner.spec.layout import Root
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Report
+from tuner.training.eval_set import fingerprint
 from tuner.training.evaluation import score
 from tuner.training.identity import identify
 
@@ -48,12 +49,13 @@ class Stage:
         defaults = {
             "baseline": BASELINE,
             "base": identify(spec.model.model_dump()),
-            "eval_rows": self.eval_rows,
-            "eval_fingerprint": "rows-1",
+            "eval_fingerprint": fingerprint(load_from_disk(str(self.eval_rows))),
             "data_fingerprint": "data-1",
             "sweep_folder": sweep_folder(self.root),
         }
         trial = trial or make_trial(spec, {})
+        if not sweep_folder(self.root).eval_rows.exists():
+            shutil.copytree(self.eval_rows, sweep_folder(self.root).eval_rows)
         if report.adapter_path is not None:
             adapter = sweep_folder(self.root).adapter(trial.number, report.tokens)
             shutil.rmtree(adapter, ignore_errors=True)
@@ -110,6 +112,18 @@ def stage(first: Any, tmp_path: Path) -> Stage:
     return replace(first[0], root=tmp_path / "root")
 
 
+def rewrite(stage: Stage, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest of v1."""
+    path = stage.root / "models/production/v1/manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def promoted_on_other_rows(stage: Stage) -> None:
+    rewrite(stage, lambda manifest: manifest.update(eval_fingerprint="other rows"))
+
+
 def _metrics(scores: dict[str, float]) -> dict[str, float]:
     return {metric: scores[metric] for metric in BASELINE}
 
@@ -129,7 +143,7 @@ def test_a_promotion_says_what_was_measured_before_and_after(first, good):
     assert stage.leftovers() == []
 
 
-def test_the_manifest_tells_where_the_model_comes_from_and_holds_no_secret(first, good, tiny_model_dir):
+def test_the_manifest_tells_where_the_model_comes_from_and_holds_no_secret(first, good, tiny_model_dir, eval_rows):
     path = first[1].path
     manifest = json.loads((path / "manifest.json").read_text())
     assert {key: manifest[key] for key in ("sweep", "trial", "version", "previous", "forced", "reasons")} == {
@@ -141,7 +155,7 @@ def test_the_manifest_tells_where_the_model_comes_from_and_holds_no_secret(first
         "reasons": [],
     }
     assert manifest["data_fingerprint"] == "data-1"
-    assert manifest["eval_fingerprint"] == "rows-1"
+    assert manifest["eval_fingerprint"] == fingerprint(load_from_disk(str(eval_rows)))
     assert manifest["config"]["train"]["learning_rate"] == 2e-4
     assert manifest["spec"]["budget"]["tokens_per_trial"] == 100
     assert manifest["base"]["name"] == str(tiny_model_dir)
@@ -202,6 +216,22 @@ def test_a_truncated_adapter_is_refused_even_by_force_and_the_alias_stays(stage,
     assert stage.leftovers() == []
 
 
+def test_no_score_is_compared_on_an_evaluation_set_that_is_not_what_it_was(stage, good):
+    """The data are gone, too, so that it cannot be made again."""
+    rows = sweep_folder(stage.root).eval_rows
+    load_from_disk(str(rows)).select(range(2)).save_to_disk(str(rows.with_name("cut")))
+    shutil.rmtree(rows)
+    rows.with_name("cut").rename(rows)
+    steps: list[str] = []
+    with pytest.raises(
+        PromotionRefused, match=r"its 2 rows are not those .* nor can it be made again from /data/quest"
+    ):
+        stage.promote(good, force=True, progress=steps.append)
+    assert steps == ["checking the checkpoint"]
+    assert stage.current() == "v1"
+    assert stage.leftovers() == []
+
+
 def test_a_trial_without_a_checkpoint_is_refused(stage, good):
     with pytest.raises(PromotionRefused, match="the adapter of trial 3 was not kept"):
         stage.promote(replace(good, adapter_path=None))
@@ -258,22 +288,21 @@ def test_a_trial_no_better_than_what_is_promoted_is_refused(stage, good):
 
 def test_a_model_promoted_on_other_rows_is_measured_again_on_these(stage, good, make_adapter, measure):
     """The manifest's figure is made unbeatable: only a new measurement lets the better adapter pass."""
-    manifest = stage.root / "models/production/v1/manifest.json"
-    content = json.loads(manifest.read_text())
-    content["scores"]["merged"]["eval_loss"] = 0.0
-    manifest.write_text(json.dumps(content))
+    rewrite(stage, lambda manifest: manifest["scores"]["merged"].update(eval_loss=0.0))
+    promoted_on_other_rows(stage)
     candidates = [make_adapter(seed=seed) for seed in range(10, 16)]
     better = min(candidates, key=lambda adapter: measure(adapter)["eval_loss"])
     scores = measure(better)
     assert scores["eval_loss"] < good.eval_loss - 1e-3
     report = make_report(better, **_metrics(scores))
 
-    promotion = stage.promote(report, eval_fingerprint="rows-2")
+    promotion = stage.promote(report)
     assert promotion.incumbent == pytest.approx(good.eval_loss, abs=1e-5)
     assert stage.current() == "v2"
 
 
 def test_a_promoted_model_with_another_tokenizer_cannot_be_compared(stage, good):
+    promoted_on_other_rows(stage)
     path = stage.root / "models/production/v1/tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
@@ -281,7 +310,7 @@ def test_a_promoted_model_with_another_tokenizer_cannot_be_compared(stage, good)
     vocabulary[words[0]], vocabulary[words[1]] = vocabulary[words[1]], vocabulary[words[0]]
     path.write_text(json.dumps(content))
     with pytest.raises(PromotionRefused, match="production v1 has another tokenizer"):
-        stage.promote(good, eval_fingerprint="rows-2")
+        stage.promote(good)
     assert stage.current() == "v1"
 
 

@@ -100,6 +100,13 @@ def test_an_entry_that_is_a_link_is_made_anew_and_what_it_leads_to_stays(tmp_pat
     assert read_complete(tmp_path / "elsewhere") == {"made": "there"}
 
 
+def test_an_entry_is_made_anew_when_a_figure_of_its_summary_has_changed(tmp_path: Path) -> None:
+    assert make_once(tmp_path / "entry", lambda folder: {"tokens": 1200}) == {"tokens": 1200}
+    record = tmp_path / "entry" / "complete.json"
+    record.write_text(record.read_text().replace("1200", "1000"))
+    assert make_once(tmp_path / "entry", lambda folder: {"tokens": 1200}) == {"tokens": 1200}
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -168,7 +168,7 @@ class EngineActor:
         base = self._base.result()
         self._events.put(("Measuring the base", 0, 0))
         if why_not_shared(self._spec) or self._why_not_joint():
-            return score_base(self._spec, base)
+            return score_base(self._spec, base, sweep)
         return self._serving(sweep.as_dict()).score_base()
 
     @ray.method(max_task_retries=0)
@@ -271,7 +271,7 @@ class EngineActor:
         return self._apart[number]
 
     def _serving(self, facts: dict[str, Any]) -> Engine:
-        from tuner.training.baseline import Preparation
+        from tuner.training.baseline import Preparation, whole_eval_set
         from tuner.training.shared.engine import Engine
 
         assert self._base is not None
@@ -279,7 +279,7 @@ class EngineActor:
             if self._engine is None:
                 sweep = Preparation(**facts)
                 log_process_to(self._folder.log)  # where others find what it says last
-                rows = self._folder.root.fetch(self._folder.eval_rows)
+                rows = whole_eval_set(self._spec, sweep.data["fingerprints"]["eval"])
                 self._engine = Engine(self._spec, self._base.result(), sweep, rows, sweep.lanes, self._stuck)
             return self._engine
 

@@ -30,7 +30,6 @@ def promote_trial(
             record.report,
             status.baseline,
             base=status.data["base"],
-            eval_rows=store.folder.root.fetch(store.folder.eval_rows),
             eval_fingerprint=status.data["fingerprints"]["eval"],
             data_fingerprint=status.data["fingerprints"]["data"],
             sweep_folder=store.folder,

@@ -28,10 +28,12 @@ class MergeJob:
 
     config: dict[str, Any]
     """The `TrialConfig`."""
+    spec: dict[str, Any]
+    """That of the sweep, without secrets: whose evaluation set the model is measured on."""
+    eval_fingerprint: str
+    """Of that set; one that is gone or damaged is made again from the data, or refused."""
     checkpoint: str
     """Folder of the adapter, or of the whole model where `config["lora"]` is None."""
-    eval_rows: str
-    """Folder of the evaluation set as datasets saved it: `input_ids` and `labels`."""
     output: str
     """Folder that the model is saved in."""
     cache: str

@@ -23,12 +23,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoTokenizer
 
-from tuner.errors import DiskFullError, PromotionRefused
+from tuner.errors import DataError, DiskFullError, PromotionRefused
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.gate import lost_by_merging
 from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.spec.layout import refuse_full_disk
+from tuner.spec.sweep import SweepSpec
+from tuner.training.baseline import whole_eval_set
 from tuner.training.evaluation import score
 from tuner.training.identity import changes_of_base, identify
 from tuner.training.model import load_model, load_tokenizer, load_whole, pretrained_source
@@ -51,6 +53,8 @@ def main(job_file: str, result_file: str) -> None:
         result = run(job, lambda step: print(step, file=steps))
     except PromotionRefused as refusal:
         result = {"refused": refusal.reasons}
+    except DataError as damaged:
+        result = {"refused": [str(damaged)]}
     except DiskFullError as full:
         result = {"full": str(full)}
     finally:
@@ -70,7 +74,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
     facts, base = _check(job, progress)
     tokenizer = load_tokenizer(job.config["model"], Path(job.cache))
     configure_tokenizer(tokenizer, job.config["train"])
-    rows = load_from_disk(job.eval_rows)
+    rows = load_from_disk(str(whole_eval_set(SweepSpec.model_validate(job.spec), job.eval_fingerprint)))
     prompts = pick_prompts(rows, job.samples)
     for dtype in _dtypes(job.config):
         model = _build(job, getattr(torch, dtype), progress)

@@ -76,7 +76,6 @@ def promote(
     baseline: Mapping[str, Any],
     *,
     base: Mapping[str, str],
-    eval_rows: Path,
     eval_fingerprint: str,
     data_fingerprint: str,
     sweep_folder: SweepFolder,
@@ -91,8 +90,8 @@ def promote(
         report: the evaluation to promote: its tokens and scores.
         baseline: scores of the untuned base, by metric.
         base: what `identify` said of it when the sweep began; another one is refused.
-        eval_rows: folder of the tokenised evaluation set.
-        eval_fingerprint: identifies `eval_rows`; a promoted model measured on other rows is measured again on these.
+        eval_fingerprint: of the sweep's evaluation set, which is held against it first; a promoted model measured on
+            other rows is measured again on these.
         alias: instead of the spec's.
         force: promote although the gate says no, and record that. A checkpoint that is broken, or a score that is not
             finite, cannot be forced.
@@ -100,7 +99,7 @@ def promote(
         progress: called with a line at the start of every step.
 
     Raises:
-        PromotionRefused: the checkpoint is broken or the gate said no; nothing is left behind.
+        PromotionRefused: the checkpoint or the evaluation set is broken, or the gate said no; nothing is left behind.
         AliasMoved: another node promoted meanwhile, and this model was not measured against that one.
         DiskFullError: there is too little room for the merged model.
         TunerError: the merge process failed; its last lines are in the message.
@@ -109,6 +108,7 @@ def promote(
     alias = alias or settings.alias
     root = Root.of(spec)
     checkpoint = _checkpoint(sweep_folder, record, report)
+    root.inside(sweep_folder.eval_rows)  # refused here where it is a link that leads out
     base_figures, trial_figures = _figures(baseline, "untuned base"), _figures(report.as_dict(), "trial")
     refuse_full_disk(root.models)
     with staging(root, alias) as working:
@@ -116,8 +116,9 @@ def promote(
         known = _known_scores(before, eval_fingerprint)
         job = MergeJob(
             config=dict(record.config),
+            spec=public_spec(spec),
+            eval_fingerprint=eval_fingerprint,
             checkpoint=checkpoint,
-            eval_rows=str(eval_rows),
             output=str(working / "model"),
             cache=str(root.cache),
             merge_into=settings.merge_into,

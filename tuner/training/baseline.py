@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import load_from_disk
+from filelock import FileLock
 
 from tuner.errors import DataError, Problem, SpecError, TunerError
 from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
+from tuner.training.eval_set import damage_of, keep_eval_set
 from tuner.training.evaluation import Score, score
 from tuner.training.identity import changes_of_base, identify
 from tuner.training.model import load_model, load_tokenizer
@@ -75,14 +77,13 @@ def prepare_sweep(
         refuse_changed_data(spec, prepared, known)
         if changes := changes_of_base(model, identify(model), known.data["base"]):
             raise TunerError(changes[0])
+        whole_eval_set(spec, known.data["fingerprints"]["eval"])
         return known
     summary = prepared.summary | {"base": identify(model)}
     sweep = Preparation(tokens_per_trial(spec, summary), summary, {})
-    eval_rows = SweepFolder.of(spec).eval_rows
-    shutil.copytree(prepared.eval, eval_rows, dirs_exist_ok=True)
-    root.keep(eval_rows)
+    keep_eval_set(SweepFolder.of(spec), prepared.eval)
     progress("Loading the base", 0, 0)
-    result = measure(sweep) if measure else score_base(spec, load_base(spec))
+    result = measure(sweep) if measure else score_base(spec, load_base(spec), sweep)
     return replace(sweep, baseline=result.as_dict() if result else {})
 
 
@@ -92,11 +93,43 @@ def load_base(spec: SweepSpec) -> PreTrainedModel:
     return load_model(spec.model.model_dump(), Root.of(spec).cache, device)
 
 
-def score_base(spec: SweepSpec, base: PreTrainedModel) -> Score:
+def score_base(spec: SweepSpec, base: PreTrainedModel, sweep: Preparation) -> Score:
     """The untuned base's score on the sweep's evaluation set."""
-    folder = SweepFolder.of(spec)
-    rows = load_from_disk(str(folder.root.fetch(folder.eval_rows)))
+    rows = load_from_disk(str(whole_eval_set(spec, sweep.data["fingerprints"]["eval"])))
     return score(base, rows, spec.train.get("per_device_eval_batch_size", 8))
+
+
+def whole_eval_set(spec: SweepSpec, fingerprint: str) -> Path:
+    """The folder, on this node, of the sweep's evaluation set, with the rows of this fingerprint.
+
+    One that is gone or damaged is made again. Raises DataError where the data give these rows no more.
+    """
+    folder = SweepFolder.of(spec)
+    if _damage_of_kept(folder, fingerprint) is None:
+        return folder.eval_rows
+    scratch = folder.root.cache / "data"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch / f"eval-of-{folder.name}.lock"):
+        damage = _damage_of_kept(folder, fingerprint)  # another process may have mended it
+        if damage is not None:
+            try:
+                prepared = prepare_rows(spec, spec.train, load_tokenizer(spec.model.model_dump(), folder.root.cache))
+                damage_of_data = damage_of(prepared.eval, fingerprint)
+            except TunerError as error:
+                damage_of_data = str(error)
+            at = f"the evaluation set of sweep {spec.name!r}, {folder.root.address(folder.eval_rows)}"
+            if damage_of_data is not None:
+                raise DataError(f"{at}: {damage}; nor can it be made again from {spec.data.path}: {damage_of_data}")
+            print(f"{at}: {damage}; it was made again from {spec.data.path}", flush=True)
+            keep_eval_set(folder, prepared.eval)
+    return folder.root.fetch(folder.eval_rows)
+
+
+def _damage_of_kept(folder: SweepFolder, fingerprint: str) -> str | None:
+    try:
+        return damage_of(folder.root.fetch(folder.eval_rows), fingerprint)
+    except FileNotFoundError:
+        return "it is gone"
 
 
 def refuse_changed_data(spec: SweepSpec, prepared: Prepared, sweep: Preparation) -> None:

@@ -48,7 +48,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
     try:
         summary = build(temporary)
         refuse_full_disk(temporary)
-        record = {"summary": summary, "files": checksums(temporary)}
+        record = {"summary": summary, "summary_checksum": _of_summary(summary), "files": checksums(temporary)}
         (temporary / COMPLETE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         flush(temporary)
         os.replace(temporary, folder)
@@ -63,9 +63,15 @@ def read_complete(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        return record["summary"] if record["files"] == checksums(folder) else None
+        summary = record["summary"]
+        whole = record["summary_checksum"] == _of_summary(summary) and record["files"] == checksums(folder)
+        return summary if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _of_summary(summary: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(summary, sort_keys=True).encode())
 
 
 def checksums(folder: Path) -> dict[str, int]:

@@ -6,7 +6,6 @@ Each function fills a folder of the cache and returns its counts.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from trl import pack_dataset
 
 from tuner.errors import DataError
 from tuner.spec.drops import Drops, describe_drops, drop
+from tuner.training.eval_set import fingerprint
 from tuner.training.split import Progress
 from tuner.training.tokens import IGNORED, Masking, tokenize
 
@@ -127,7 +127,7 @@ def build_eval(tokens: Path, max_length: int | None, mode: str, folder: Path) ->
     with _scratch(folder) as work:
         rows, counts = _truncated(datasets.load_from_disk(str(tokens)), max_length, mode, work)
         rows = rows.select_columns(["input_ids", "labels"])
-        counts |= {"rows": len(rows), "fingerprint": _fingerprint(rows), **_count(rows)}
+        counts |= {"rows": len(rows), "fingerprint": fingerprint(rows), **_count(rows)}
         if not counts["predicted"]:
             raise DataError(
                 f"nothing left to evaluate on with max_length {max_length}; {describe_drops(counts['dropped'])}"
@@ -203,11 +203,3 @@ def _count(rows: datasets.Dataset) -> dict[str, int]:
         targets += pc.sum(pc.not_equal(labels.flatten(), IGNORED)).as_py()
         first += pc.sum(pc.not_equal(pc.list_element(labels, 0), IGNORED)).as_py()
     return {"tokens": tokens, "targets": targets, "predicted": targets - first}
-
-
-def _fingerprint(rows: datasets.Dataset) -> str:
-    digest = hashlib.sha256()
-    for batch in rows.iter(batch_size=1000):
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            digest.update(f"{ids} {labels}\n".encode())
-    return digest.hexdigest()
