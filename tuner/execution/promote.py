@@ -32,6 +32,7 @@ def promote_trial(
             base=status.data["base"],
             eval_fingerprint=status.data["fingerprints"]["eval"],
             data_fingerprint=status.data["fingerprints"]["data"],
+            prompting=status.data.get("prompting"),
             sweep_folder=store.folder,
             alias=alias,
             force=force,

@@ -8,6 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from tuner.promotion.prompting import asking
+from tuner.results.markdown import code, fenced, inline
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _METRIC_NAMES = {"eval_loss": "Eval loss (nats per target token)", "mean_token_accuracy": "Mean token accuracy"}
 
@@ -51,18 +54,19 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _text(manifest: dict[str, Any], samples: list[dict[str, str]]) -> str:
-    base = manifest["base"]["name"]
+    name = manifest["base"]["name"]
+    base = Path(name).name if Path(name).is_absolute() else name
     data = Path(manifest["spec"]["data"]["path"]).name
     parts = [
         f"# {manifest['alias']} {manifest['version']}",
-        f"`{Path(base).name if Path(base).is_absolute() else base}` fine-tuned on `{data}`: trial {manifest['trial']} "
+        f"{code(base)} fine-tuned on {code(data)}: trial {manifest['trial']} "
         f"of sweep `{manifest['sweep']}`, merged and measured again after the merge.",
         _forced(manifest),
         "## Scores",
         _scores(manifest["scores"]),
         "All figures are token-weighted over the same held-out rows.",
-        "## How to load it",
-        _loading(manifest["chat"]),
+        "## How to ask it",
+        _loading(manifest["prompting"]),
         "## Hyperparameters",
         _settings(manifest["config"]),
         _answers(samples),
@@ -73,7 +77,7 @@ def _text(manifest: dict[str, Any], samples: list[dict[str, str]]) -> str:
 def _forced(manifest: dict[str, Any]) -> str:
     if not manifest["forced"]:
         return ""
-    return "**Promoted by force**, against the gate: " + "; ".join(manifest["reasons"]) + "."
+    return "**Promoted by force**, against the gate: " + inline("; ".join(manifest["reasons"])) + "."
 
 
 def _scores(scores: dict[str, dict[str, float] | None]) -> str:
@@ -86,23 +90,18 @@ def _scores(scores: dict[str, dict[str, float] | None]) -> str:
     return "\n".join(rows)
 
 
-def _loading(chat: bool) -> str:
-    prompt = (
-        'messages = [{"role": "user", "content": "..."}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-        ")"
-        if chat
-        else 'inputs = tokenizer("...", return_tensors="pt")'
-    )
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+def _loading(prompting: dict[str, Any]) -> str:
+    said, prompt = asking(prompting)
+    program = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies, or its name on the hub\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
         f"{prompt}\n"
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))\n```"
+        'answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]\n'
+        "print(tokenizer.decode(answer, skip_special_tokens=True))"
     )
+    return f"{said}\n\n{fenced(program, 'python')}"
 
 
 def _settings(config: dict[str, Any]) -> str:
@@ -112,26 +111,18 @@ def _settings(config: dict[str, Any]) -> str:
         for field, value in (config[section] or {}).items():
             settings.setdefault(f"{section}.{field}", value)
     rows = [
-        f"| `{key}` | {_cell(value)} | {'searched' if key in config['point'] else ''} |"
+        f"| {code(key)} | {inline(value)} | {'searched' if key in config['point'] else ''} |"
         for key, value in settings.items()
     ]
     return "\n".join(["| setting | value | |", "| --- | --- | --- |", *rows])
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _answers(samples: list[dict[str, str]]) -> str:
     if not samples:
         return ""
     shown = [
-        f"**Prompt**\n\n{_block(sample['prompt'])}\n\n**Base**\n\n{_block(sample['before'])}\n\n"
-        f"**This model**\n\n{_block(sample['after'])}"
+        f"**Prompt**\n\n{fenced(sample['prompt'].strip())}\n\n**Base**\n\n{fenced(sample['before'].strip())}\n\n"
+        f"**This model**\n\n{fenced(sample['after'].strip())}"
         for sample in samples
     ]
     return "## Sample answers\n\n" + "\n\n".join(shown)
-
-
-def _block(text: str) -> str:
-    return f"````text\n{text.strip()}\n````"

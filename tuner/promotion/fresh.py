@@ -34,6 +34,8 @@ class MergeJob:
     """Of that set; one that is gone or damaged is made again from the data, or refused."""
     checkpoint: str
     """Folder of the adapter, or of the whole model where `config["lora"]` is None."""
+    prompting: dict[str, Any] | None
+    """What the sweep's preparation found of its rows' prompts; None in a sweep of an earlier version."""
     output: str
     """Folder that the model is saved in."""
     cache: str

@@ -27,6 +27,7 @@ from tuner.errors import DataError, DiskFullError, PromotionRefused
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.gate import lost_by_merging
+from tuner.promotion.prompting import answer_mark, with_example
 from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.spec.layout import refuse_full_disk
 from tuner.spec.sweep import SweepSpec
@@ -66,16 +67,16 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
     """Check, merge, save, reload, measure; one model in memory at a time.
 
     Returns:
-        `checkpoint` (facts of the check), `base` (what identifies it), `chat` (whether there is a chat template),
-        `dtype` (of the saved weights), `merged` and `incumbent` (scores; None where not asked for), `reasons` (why the
-        incumbent could not be measured), `samples` (prompt, before, after).
+        `checkpoint` (facts of the check), `base` (what identifies it), `prompting` (how to ask the model), `dtype` (of
+        the saved weights), `merged` and `incumbent` (scores; None where not asked for), `reasons` (why the incumbent
+        could not be measured), `samples` (prompt, before, after).
     """
     output = Path(job.output)
     facts, base = _check(job, progress)
     tokenizer = load_tokenizer(job.config["model"], Path(job.cache))
     configure_tokenizer(tokenizer, job.config["train"])
     rows = load_from_disk(str(whole_eval_set(SweepSpec.model_validate(job.spec), job.eval_fingerprint)))
-    prompts = pick_prompts(rows, job.samples)
+    prompts = pick_prompts(rows, job.samples, tokenizer, answer_mark(job.prompting, tokenizer))
     for dtype in _dtypes(job.config):
         model = _build(job, getattr(torch, dtype), progress)
         _end_where_trained(model, tokenizer)
@@ -103,7 +104,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
     return {
         "checkpoint": facts,
         "base": base,
-        "chat": tokenizer.chat_template is not None,
+        "prompting": with_example(job.prompting, tokenizer, prompts),
         "dtype": dtype,
         "merged": scored,
         "incumbent": incumbent,

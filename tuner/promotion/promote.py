@@ -78,6 +78,7 @@ def promote(
     base: Mapping[str, str],
     eval_fingerprint: str,
     data_fingerprint: str,
+    prompting: Mapping[str, Any] | None,
     sweep_folder: SweepFolder,
     alias: str | None = None,
     force: bool = False,
@@ -92,6 +93,7 @@ def promote(
         base: what `identify` said of it when the sweep began; another one is refused.
         eval_fingerprint: of the sweep's evaluation set, which is held against it first; a promoted model measured on
             other rows is measured again on these.
+        prompting: what the preparation of the sweep found of its prompts, for the model card.
         alias: instead of the spec's.
         force: promote although the gate says no, and record that. A checkpoint that is broken, or a score that is not
             finite, cannot be forced.
@@ -118,6 +120,7 @@ def promote(
             config=dict(record.config),
             spec=public_spec(spec),
             eval_fingerprint=eval_fingerprint,
+            prompting=dict(prompting) if prompting else None,
             checkpoint=checkpoint,
             output=str(working / "model"),
             cache=str(root.cache),
@@ -147,7 +150,7 @@ def promote(
         version = next_version(root, alias)
         manifest = {
             **_origin(spec, record, report),
-            **{key: outcome[key] for key in ("base", "chat", "dtype", "checkpoint")},
+            **{key: outcome[key] for key in ("base", "prompting", "dtype", "checkpoint")},
             "alias": alias,
             "version": version.name,
             "previous": before.name if before is not None else None,

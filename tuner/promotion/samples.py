@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,19 +19,34 @@ MAX_NEW_TOKENS = 48
 _ROLE = re.compile(r"(system|developer|user|assistant|model|tool)(\n|$)")
 
 
-def pick_prompts(rows: Dataset, count: int) -> list[list[int]]:
+def pick_prompts(
+    rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase, mark: str | None = None
+) -> list[list[int]]:
     """Token ids of up to `count` prompts, spread evenly over the rows.
 
-    A prompt is what stands before a row's first target token; of a row that is all target (plain text), the first half.
+    A prompt is what stands before a row's first target token. A row that is all target has one up to the last `mark`,
+    the text right before its answer; without a mark (plain text) it is the first half.
     """
     prompts = []
     count = min(count, len(rows))
     for index in range(count):
         row = rows[index * len(rows) // count]
+        ids = row["input_ids"]
         start = next((position for position, label in enumerate(row["labels"]) if label != IGNORED), 0)
         # The first token is never a target, so a row of plain text may begin with one ignored label.
-        prompts.append(row["input_ids"][: start if start > 1 else max(1, len(row["input_ids"]) // 2)])
+        if start <= 1:
+            start = _end_of(mark, ids, tokenizer) or max(1, len(ids) // 2)
+        prompts.append(ids[:start])
     return prompts
+
+
+def _end_of(mark: str | None, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens stand before the end of the last such text; 0 where there is none, or nothing after it."""
+    at = str(tokenizer.decode(ids)).rfind(mark) if mark else -1
+    if mark is None or at < 0:
+        return 0
+    end = bisect_left(range(len(ids)), at + len(mark), key=lambda length: len(str(tokenizer.decode(ids[:length]))))
+    return end if end < len(ids) else 0
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import datasets
 
 from tuner.training.cache import make_once
+from tuner.training.prompting import SAMPLE_ROWS, prompting_of
 from tuner.training.split import Progress, build_rows, rows_key
 from tuner.training.stages import build_eval, build_tokens, build_train
 from tuner.training.tokens import configure_tokenizer, masking, tokenizer_key
@@ -43,7 +44,7 @@ class Prepared:
     eval: Path
     """Folder saved by datasets: input_ids, labels; unpacked, truncated alike for every trial of a sweep."""
     summary: dict[str, Any]
-    """Format, counts of rows and tokens, what was dropped and why, fingerprints; fit for JSON."""
+    """Format, counts of rows and tokens, what was dropped and why, fingerprints, `prompting_of`; fit for JSON."""
 
 
 def prepare(
@@ -69,7 +70,8 @@ def prepare(
         rows = _entry(cache, "rows", key)
         found = make_once(rows, lambda folder: build_rows(data, text_field, folder, report))
 
-        sample = json.loads(datasets.load_from_disk(str(rows / "train"))[0]["row"])
+        examples = [json.loads(row) for row in datasets.load_from_disk(str(rows / "train"))[:SAMPLE_ROWS]["row"]]
+        sample = examples[0]
         rules = masking(tokenizer, train, found["format"], sample)
         key = {**_RECIPE, "rows": rows.name, **tokenizer_key(tokenizer, rules)}
         tokens = _entry(cache, "tokens", key)
@@ -84,7 +86,9 @@ def prepare(
         key = {**_RECIPE, "tokens": tokens.name, "max_length": eval_max_length, "truncation_mode": mode}
         eval_folder = _entry(cache, "eval", key)
         evaluated = make_once(eval_folder, lambda folder: build_eval(tokens / "eval", eval_max_length, mode, folder))
-    return Prepared(train_folder / "rows", eval_folder / "rows", _summarise(found, tokenized, trained, evaluated))
+    summary = _summarise(found, tokenized, trained, evaluated)
+    summary["prompting"] = prompting_of(data, found["format"], examples)
+    return Prepared(train_folder / "rows", eval_folder / "rows", summary)
 
 
 def eval_max_length(spec: SweepSpec) -> int | None:
