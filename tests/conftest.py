@@ -64,6 +64,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[None]:
+    """One Ray cluster for all sweeps that a module runs in this process; none of its tests may start another."""
+    from tuner.execution.machine import ray_cluster
+
+    with ray_cluster():
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Postgres]:
     """A PostgreSQL in a folder whose path is short enough for a socket."""

@@ -10,7 +10,7 @@ import pytest
 import tuner
 from tests.real_sweeps import write_spec
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("shared_ray")]
 ROWS = "train.per_device_train_batch_size"
 LIMIT = 600_000_000
 """Bytes of a worker. By estimate 16 rows of 21 tokens take 375 MB, but every row is padded to 64."""

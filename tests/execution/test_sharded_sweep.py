@@ -20,7 +20,7 @@ from tuner.spec.load import load_spec
 from tuner.training.evaluation import score
 from tuner.training.strategy import DEEPSPEED
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("shared_ray")]
 
 ZERO_3 = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
 

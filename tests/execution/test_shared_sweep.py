@@ -11,7 +11,7 @@ import tuner
 from tests.execution.test_sweep import BAD, DIVERGING, GOOD, spec_for
 from tuner.spec.load import parse_spec
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("shared_ray")]
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,27 @@ import pytest
 
 from tests.real_sweeps import Command
 
+THIRD = "TUNER_TEST_FAULTS_THIRD"
+"""Variable: 0, 1 or 2: only this third of the faults is run."""
 WITHIN = "TUNER_TEST_FAULTS_WITHIN_S"
 """Variable: seconds after which no further test begins."""
 BEGAN = time.monotonic()
+
+
+def third_of(count: int, third: int) -> range:
+    """Which of so many tests are of a third: every third one, so that those of one kind are in all of them."""
+    return range(third % 3, count, 3)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    third = os.environ.get(THIRD)
+    if not third:
+        return
+    faults = [item for item in items if item.get_closest_marker("faults")]
+    mine = {id(faults[index]) for index in third_of(len(faults), int(third))}
+    others = [item for item in faults if id(item) not in mine]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from tests.faults.conftest import third_of
 from tests.faults.matrix import ROWS, read, with_matrix
 from tests.faults.without import DEFENCES
 from tests.faults.without import read as read_without
@@ -46,6 +47,13 @@ def test_every_row_has_failed_without_a_defence_and_each_can_still_be_taken_away
             code = (ROOT / "tuner" / file).read_text(encoding="utf-8")
             assert code.count(text) == 1, f"{defence.row}, {defence.missing}: {text!r} stands not once in {file}"
         assert said.get(defence.title, "passed").strip() != "passed", "run `python -m tests.faults.without`"
+
+
+def test_the_thirds_that_ci_runs_are_together_everything_once():
+    for count in (0, 1, 2, 3, 80):
+        thirds = [list(third_of(count, commits)) for commits in (300, 301, 302)]
+        assert sorted(sum(thirds, [])) == list(range(count))
+        assert max(map(len, thirds)) - min(map(len, thirds)) <= 1
 
 
 def test_nothing_was_lost_or_duplicated():
