@@ -237,7 +237,7 @@ def test_the_status_is_one_screen(root):
         assert text in result.stdout, text
     assert len(result.stdout.splitlines()) <= 24
     document = json.loads(tuner_command(root, "status", "pydoc-lora", "--json").stdout)
-    assert document["trials"] == {"COMPLETED": 2, "STOPPED": 1, "RUNNING": 1, "INFEASIBLE": 1, "FAILED": 1}
+    assert document["trials"] == {"COMPLETED": 2, "STOPPED": 1, "INTERRUPTED": 1, "INFEASIBLE": 1, "FAILED": 1}
     assert (document["best"], document["score"], document["asked"]) == (0, 2.6, 6)
 
 

@@ -15,7 +15,7 @@ import psutil
 from tuner.errors import NotFoundError, SpecError, TunerError
 from tuner.results import query
 from tuner.results.ranking import best_trial
-from tuner.results.record import ACTIVE, SweepStatus, TrialRecord
+from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, as_seen
 from tuner.results.requests import Kind
 from tuner.results.store import Store, sweep_names
 from tuner.spec.changes import with_more_budget
@@ -180,7 +180,7 @@ class Sweep:
         return self.store.folder
 
     @property
-    def status(self) -> str:
+    def status(self) -> Status:
         """queued, preparing, running, finished, failed, interrupted or cancelled."""
         return self.state().status
 
@@ -206,12 +206,12 @@ class Sweep:
         return found[0] if found else None
 
     def records(self) -> list[TrialRecord]:
-        """Every trial, in order of number."""
-        return self.store.trials()
+        """Every trial, in order of number; none is RUNNING where no driver is at work."""
+        return as_seen(self.store.trials(), self.status)
 
     def trial(self, number: int) -> TrialRecord:
-        """One trial. Raises `NotFoundError`."""
-        return self.store.record(number)
+        """One trial, as in `records`. Raises `NotFoundError`."""
+        return as_seen([self.store.record(number)], self.status)[0]
 
     def select(self, where: str | None = None, sort: str | None = None, top: int | None = None) -> list[TrialRecord]:
         """Trials, best first, filtered by `where` such as `lora.r>=16 and outcome==COMPLETED`; see `query.select`."""
@@ -315,7 +315,8 @@ class Sweep:
                 time.sleep(1)
         if self.status in ACTIVE:
             raise TunerError(f"{self.name!r} is still ending after {timeout_s:.0f} s (pid {state.pid} on {state.host})")
-        if self.status == "interrupted":
+        if (state := self.state()).status == "interrupted":
+            self.store.take_over(state)  # so that a driver which only stood still goes on with nothing
             self.store.set_status("cancelled", "by tuner cancel")
 
     def add(self, point: Mapping[str, Any], timeout_s: float = 60) -> int:

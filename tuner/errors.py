@@ -94,6 +94,20 @@ class NotShareable(TunerError):
     """A trial that cannot be a slot on the shared base: it needs a model of its own."""
 
 
+class Superseded(TunerError):
+    """Another driver has taken the sweep over, or it was cancelled: this one may write nothing any more."""
+
+    def __init__(self, sweep: str):
+        super().__init__(sweep)
+        self.sweep = sweep
+
+    def __str__(self) -> str:
+        return (
+            f"sweep {self.sweep!r} was taken over by another driver, or cancelled, while this one showed no sign of "
+            f"life: this one ends, `tuner status {self.sweep}` shows the other"
+        )
+
+
 class AliasMoved(TunerError):
     """Another node moved an alias after it was looked at: what was decided then may no longer be right."""
 

@@ -111,7 +111,7 @@ def test_before_its_first_trial_there_is_none(stops):
 
 def test_a_trial_that_was_cut_off_is_left_unfinished_and_run_again_under_its_number(stops):
     for moment in ("searching", "cancelled"):
-        assert [trial.outcome for trial in stops[moment].trials] == ["COMPLETED", "RUNNING"]
+        assert [trial.outcome for trial in stops[moment].trials] == ["COMPLETED", "INTERRUPTED"]
     cut_off, again, done = (stops[moment].trials[1] for moment in ("searching", "cancelled", "done"))
     assert cut_off.reports
     assert cut_off.finished is None
@@ -238,7 +238,7 @@ def test_trials_on_a_shared_base_are_cut_off_and_go_on_from_their_last_evaluatio
     assert all(trial.reports for trial in stop.trials[:2])
     assert [trial.point for trial in done.trials[:2]] == [trial.point for trial in stop.trials[:2]]
     said = done.log.splitlines()
-    for trial in (trial for trial in stop.trials if trial.outcome == "RUNNING" and trial.reports):
+    for trial in (trial for trial in stop.trials if trial.outcome == "INTERRUPTED" and trial.reports):
         assert f"trial {trial.number} goes on from its last evaluation" in said
         assert done.trials[trial.number].reports[: len(trial.reports) - 1] == trial.reports[:-1]
 

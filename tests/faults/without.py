@@ -222,7 +222,7 @@ DEFENCES = (
         "checksums",
         "test_damaged.py",
         "tunes_files",
-        (("training/cache.py", 'if record["files"] == checksums(folder)', "if True"),),
+        (("training/cache.py", 'record["files"] == checksums(folder)', "True"),),
     ),
     Defence(
         "two processes filling one cache",
@@ -255,9 +255,10 @@ DEFENCES = (
         (
             (
                 "results/store.py",
-                "if seen.status in ACTIVE or not self._update(values, unchanged):",
+                "if not self._update(values, unchanged):",
                 "if not self._update(values):",
             ),
+            ("results/store.py", "        self.refuse_driven(seen)\n", ""),
         ),
     ),
     Defence(
@@ -265,7 +266,7 @@ DEFENCES = (
         "a driver may live whose heartbeat is of another hour",
         "test_clock.py",
         "clock",
-        (("results/store.py", "if seen.status not in ACTIVE and may_live(seen):", "if False:"),),
+        (("results/store.py", "if may_live(seen):", "if False:"),),
     ),
     Defence(
         "200 trials each reporting 50 times with a reader polling",

@@ -84,11 +84,14 @@ def test_merging_into_the_dequantised_base_is_closer_to_what_was_trained(
     assert errors["dequantized"] < at_most * errors["original"], errors
 
 
-def test_the_prompt_is_what_stands_before_the_first_target_or_half_of_plain_text(rows_of: Callable[..., Any]):
+def test_the_prompt_is_what_stands_before_the_first_target_or_half_of_plain_text(
+    rows_of: Callable[..., Any], tiny_model_dir: Path
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     rows = rows_of(([1, 2, 3, 4], [-100, -100, 3, 4]), ([5, 6, 7, 8], [5, 6, 7, 8]), ([5, 6, 7, 8], [-100, 6, 7, 8]))
-    assert pick_prompts(rows, 3) == [[1, 2], [5, 6], [5, 6]]
-    assert pick_prompts(rows, 1) == [[1, 2]]
-    assert len(pick_prompts(rows, 9)) == 3
+    assert pick_prompts(rows, 3, tokenizer) == [[1, 2], [5, 6], [5, 6]]
+    assert pick_prompts(rows, 1, tokenizer) == [[1, 2]]
+    assert len(pick_prompts(rows, 9, tokenizer)) == 3
 
 
 @pytest.fixture

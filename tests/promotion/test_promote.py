@@ -51,6 +51,7 @@ class Stage:
             "base": identify(spec.model.model_dump()),
             "eval_fingerprint": fingerprint(load_from_disk(str(self.eval_rows))),
             "data_fingerprint": "data-1",
+            "prompting": {"kind": "prompt"},
             "sweep_folder": sweep_folder(self.root),
         }
         trial = trial or make_trial(spec, {})

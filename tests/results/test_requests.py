@@ -107,6 +107,7 @@ def test_the_answer_of_a_driver_that_has_ended_since_is_heard(store):
 def test_who_may_only_read_is_told_so(store, monkeypatch):
     import sqlalchemy as sa
 
-    reading = Requests(sa.create_engine(f"sqlite:///file:{store.folder.study}?mode=ro&uri=true"), "pydoc-lora")
+    engine = sa.create_engine(f"sqlite:///file:{store.folder.study}?mode=ro&uri=true")
+    reading = Requests(engine, "pydoc-lora", engine.begin)
     with pytest.raises(TunerError, match="cannot be asked: attempt to write a readonly database"):
         reading.ask("cancel", 0)

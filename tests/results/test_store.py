@@ -385,7 +385,7 @@ def test_records_that_are_damaged_or_of_another_version_are_said_to_be(tmp_path)
     made = make_sweep(tmp_path, [], name="older")
     with sqlite3.connect(made.folder.study) as connection:
         connection.execute("ALTER TABLE tuner_sweeps DROP COLUMN promoted")
-    with pytest.raises(TunerError, match="another version of tuner, which knew no promoted"):
+    with pytest.raises(TunerError, match="are damaged: tuner_sweeps lacks promoted"):
         Store.open(made.folder)
     with sqlite3.connect(made.folder.study) as connection:
         connection.execute("DROP TABLE tuner_reports")

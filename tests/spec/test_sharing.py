@@ -15,7 +15,7 @@ from tuner.spec.sweep import SweepSpec
 
 
 def spec_of(tmp_path: Path, **changes: Any) -> SweepSpec:
-    (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n' * 8)
     values: dict[str, Any] = {
         "name": "sharing",
         "model": {"name": "org/model"},

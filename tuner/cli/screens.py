@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tuner.execution.verify import Comparison
     from tuner.training.worst_case import WorstCase
 
-STYLES = {"STOPPED": "dim", "INFEASIBLE": "yellow", "FAILED": "red", "RUNNING": "cyan"}
+STYLES = {"STOPPED": "dim", "INFEASIBLE": "yellow", "FAILED": "red", "RUNNING": "cyan", "INTERRUPTED": "dim cyan"}
 BEST_STYLE = "bold green"
 _UNLIMITED = 100_000
 

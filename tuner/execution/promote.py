@@ -38,6 +38,7 @@ def promote_trial(
             force=force,
             push_to_hub=push_to_hub,
             progress=progress,
+            may_move=store.refuse_superseded,
         )
     except AliasMoved as moved:
         progress(str(moved))

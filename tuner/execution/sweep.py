@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from tuner.errors import DiskFullError, PromotionRefused, TunerError, is_full_disk
+from tuner.errors import DiskFullError, PromotionRefused, Superseded, TunerError, is_full_disk
 from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import BEGUN, Display, Silent
 from tuner.execution.head import watched_head
@@ -21,7 +21,7 @@ from tuner.execution.promote import promote_trial
 from tuner.execution.search import search
 from tuner.execution.waiting import Waiting
 from tuner.results.ranking import best_trial
-from tuner.results.record import TrialRecord
+from tuner.results.record import SweepStatus, TrialRecord
 from tuner.results.store import Store
 from tuner.search.study import remaining_trials
 from tuner.spec.changes import with_more_budget
@@ -68,23 +68,40 @@ def resume_sweep(
         raise TunerError(
             f"sweep {folder.name!r} is finished: nothing to resume; it takes more of its budget, --set budget.trials=N"
         )
-    store.take_over(seen)
-    if spec != store.spec:
-        store.set_spec(spec)
+    store.refuse_driven(seen)
     display = display or Silent()
-    if remaining_trials(store.spec, store.study) <= 0:
-        with _driving(store, display, log_output):
+    if remaining_trials(spec, store.study) <= 0:
+        with _taken_over(store, seen, spec), _driving(store, display, log_output):
             _conclude(store, display)
         return store
     display.stage("Starting Ray")
-    with ray_cluster(dashboard=store.spec.resources.on_ray_train) as nodes:
-        placement = place(store.spec, nodes, fixed=not others_use_it())
-        refuse_what_a_node_lacks(store.spec)
+    with ray_cluster(dashboard=spec.resources.on_ray_train) as nodes:
+        placement = place(spec, nodes, fixed=not others_use_it())
+        refuse_what_a_node_lacks(spec)
         prepared = _known_facts(store) is not None
-        with start_engines(store.spec, placement, prepared) as engines, _driving(store, display, log_output):
+        with (
+            start_engines(spec, placement, prepared) as engines,
+            _taken_over(store, seen, spec),
+            _driving(store, display, log_output),
+        ):
             over = _search(store, engines, placement, display)
             _conclude(store, display, over)
     return store
+
+
+@contextmanager
+def _taken_over(store: Store, seen: SweepStatus, spec: SweepSpec) -> Iterator[None]:
+    """Be the driver from here on, with this spec. What is refused before the search goes on leaves all as it was."""
+    before = store.spec
+    store.take_over(seen)
+    if spec != before:
+        store.set_spec(spec)
+    try:
+        yield
+    except TunerError:
+        if store.status().status == "failed" and not store.has_run:
+            store.give_back(seen, before)
+        raise
 
 
 @contextmanager
@@ -101,6 +118,8 @@ def _driving(store: Store, display: Display, log_output: bool) -> Iterator[None]
             yield
     except KeyboardInterrupt:
         store.set_status("interrupted")
+        raise
+    except Superseded:
         raise
     except Exception as error:
         if not is_full_disk(error):
@@ -192,11 +211,16 @@ def _heartbeat(store: Store) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_S):
-            with suppress(Exception):  # the next may pass; where none does, readers rightly take this driver for dead
+            try:
                 store.heartbeat()
                 for request in store.requests.take("end"):
                     os.kill(os.getpid(), signal.SIGTERM)
                     store.requests.answer(request.id)
+            except Superseded:
+                os.kill(os.getpid(), signal.SIGTERM)  # the main thread then finds it, too, and says so
+                return
+            except Exception:  # the next may pass; where none does, readers rightly take this driver for dead
+                continue
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ def promote(
     force: bool = False,
     push_to_hub: str | None = None,
     progress: Progress = lambda step: None,
+    may_move: Callable[[], None] = lambda: None,
 ) -> Promotion:
     """Merge, measure and, if the gate agrees, publish the checkpoint of `report` as the alias's next version.
 
@@ -99,6 +100,7 @@ def promote(
             finite, cannot be forced.
         push_to_hub: repository that the version's folder is uploaded to; made, private, where there is none.
         progress: called with a line at the start of every step.
+        may_move: called before the alias moves; raises where whoever asked may decide that no longer.
 
     Raises:
         PromotionRefused: the checkpoint or the evaluation set is broken, or the gate said no; nothing is left behind.
@@ -162,6 +164,7 @@ def promote(
         }
         write_manifest(working / "model", manifest)
         write_card(working / "model", manifest, outcome["samples"])
+        may_move()
         publish(version, before, working / "model", forced=bool(reasons), reasons=tuple(reasons))
     pushed_to = _push(version, push_to_hub, progress) if push_to_hub else None
     return _promotion(version, manifest, spec.objective.metric, outcome["samples"], pushed_to)

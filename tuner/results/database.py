@@ -6,10 +6,13 @@ import functools
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import quote
 
@@ -66,6 +69,42 @@ def connect(url: sa.URL) -> sa.Engine:
         return sa.create_engine(url, **engine_options(url))
     except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
         raise SpecError([Problem("storage.study", url.drivername, f"what is installed here ({error})")]) from None
+
+
+def use_wal(engine: sa.Engine) -> None:
+    """Let readers of SQLite read while a driver writes."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+
+
+def leave_wal(path: Path) -> None:
+    """Make records that nobody writes any more one file, which also a reader without write permission can open.
+
+    Where somebody reads them just now they stay as they are, which any reader with write permission can open.
+    """
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=0)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[sa.URL]:
+    """An URL for records of which this user may write neither file nor folder.
+
+    A driver that is at work, or was cut off, has left a write-ahead log and an index to it, which SQLite reads. A log
+    without an index, as in a copy of the folder, is read from a copy: SQLite would have to write the index.
+    """
+    log, index = (path.with_name(f"{path.name}-{kind}") for kind in ("wal", "shm"))
+    if index.exists():
+        yield _sqlite_url(str(path), "ro")
+        return
+    if not log.exists() or not log.stat().st_size:
+        yield _sqlite_url(str(path), "ro").update_query_dict({"immutable": "1"})
+        return
+    with TemporaryDirectory(prefix="tuner-") as folder:
+        for one in (path, log):
+            shutil.copy(one, folder)
+        yield _sqlite_url(f"{folder}/{path.name}", "ro")  # what is asked there would never be answered
 
 
 @contextmanager

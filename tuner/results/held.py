@@ -8,7 +8,7 @@ A write is made again where the database was away: see `persistent`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -22,8 +22,10 @@ from tuner.results.database import persistent
 class HeldStorage(InMemoryStorage):
     """One study of a database. Writes reach the database first; the numbers of its trials are their ids here."""
 
-    def __init__(self, database: BaseStorage, name: str):
+    def __init__(self, database: BaseStorage, name: str, may_write: Callable[[], None]):
+        """`may_write` is called before each write, and raises where this process is the writer no longer."""
         super().__init__()
+        self._may_write = may_write
         self._database = database
         self._study = database.get_study_id_from_name(name)
         here = super().create_new_study(database.get_study_directions(self._study), name)
@@ -35,10 +37,12 @@ class HeldStorage(InMemoryStorage):
             super().create_new_trial(here, trial)
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._may_write()
         persistent(self._database.set_study_system_attr)(self._study, key, value)
         super().set_study_system_attr(study_id, key, value)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        self._may_write()
         self._ids.append(persistent(self._database.create_new_trial, self._created)(self._study, template_trial))
         return super().create_new_trial(study_id, template_trial)
 
@@ -51,10 +55,12 @@ class HeldStorage(InMemoryStorage):
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
+        self._may_write()
         persistent(self._database.set_trial_param)(self._ids[trial_id], param_name, param_value_internal, distribution)
         super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        self._may_write()
         persistent(self._database.set_trial_state_values, self._told)(self._ids[trial_id], state, values)
         return super().set_trial_state_values(trial_id, state, values)
 
@@ -66,13 +72,16 @@ class HeldStorage(InMemoryStorage):
             return True
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        self._may_write()
         persistent(self._database.set_trial_intermediate_value)(self._ids[trial_id], step, intermediate_value)
         super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._may_write()
         persistent(self._database.set_trial_user_attr)(self._ids[trial_id], key, value)
         super().set_trial_user_attr(trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._may_write()
         persistent(self._database.set_trial_system_attr)(self._ids[trial_id], key, value)
         super().set_trial_system_attr(trial_id, key, value)

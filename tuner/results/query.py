@@ -129,7 +129,7 @@ def document(
     and of each trial
 
         number               int     its number in the sweep, from 0
-        outcome              text    RUNNING, COMPLETED, STOPPED, INFEASIBLE or FAILED
+        outcome              text    RUNNING, INTERRUPTED, COMPLETED, STOPPED, INFEASIBLE or FAILED
         reason               text    why it ended so; null where there is nothing to say
         config               object  the searched values by dotted key
         eval_loss            float   nats per target token    | these five are of its best finite

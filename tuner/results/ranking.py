@@ -9,7 +9,7 @@ from tuner.results.record import TrialRecord
 from tuner.spec.sweep import ObjectiveSpec
 from tuner.spec.trial import NO_IMPROVEMENT, Report
 
-_GROUPS = {"COMPLETED": 0, "STOPPED": 1, "RUNNING": 2, "INFEASIBLE": 3, "FAILED": 4}
+_GROUPS = {"COMPLETED": 0, "STOPPED": 1, "RUNNING": 2, "INTERRUPTED": 3, "INFEASIBLE": 4, "FAILED": 5}
 
 
 def cost(report: Report | None, objective: ObjectiveSpec) -> float:

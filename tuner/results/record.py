@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -13,6 +13,10 @@ from tuner.spec.trial import Attempt, Outcome, Report
 Status = Literal["queued", "preparing", "running", "finished", "failed", "interrupted", "cancelled"]
 ACTIVE: tuple[Status, ...] = ("preparing", "running")
 """A driver is at work. Every other status but `queued` means that nobody is."""
+
+
+OPEN = ("RUNNING", "INTERRUPTED")
+"""Outcomes of trials that have none yet; of the second nobody trains any more, until `tuner resume` goes on."""
 
 
 def utc_now() -> datetime:
@@ -59,7 +63,7 @@ class TrialRecord:
     @property
     def is_over(self) -> bool:
         """Whether it is one of the budget's trials that nobody has to run any more."""
-        return self.outcome != "RUNNING" and self.started is not None
+        return self.outcome not in OPEN and self.started is not None
 
     @property
     def eval_loss(self) -> float | None:
@@ -107,10 +111,17 @@ class TrialRecord:
         return before / seconds if seconds > 0 else None
 
 
+def as_seen(records: Iterable[TrialRecord], status: Status) -> list[TrialRecord]:
+    """The trials as somebody sees them from outside: none runs without a driver."""
+    if status in ACTIVE:
+        return list(records)
+    return [replace(one, outcome="INTERRUPTED") if one.outcome == "RUNNING" else one for one in records]
+
+
 def outcome_counts(records: Iterable[TrialRecord]) -> dict[str, int]:
     """Trials by outcome, in a fixed order, without the outcomes that none has; those `not tried` apart."""
-    outcomes = [record.outcome if record.is_over or record.outcome == "RUNNING" else "not tried" for record in records]
-    order = ("COMPLETED", "STOPPED", "RUNNING", "INFEASIBLE", "FAILED", "not tried")
+    outcomes = [record.outcome if record.is_over or record.outcome in OPEN else "not tried" for record in records]
+    order = ("COMPLETED", "STOPPED", "RUNNING", "INTERRUPTED", "INFEASIBLE", "FAILED", "not tried")
     return {outcome: outcomes.count(outcome) for outcome in order if outcome in outcomes}
 
 

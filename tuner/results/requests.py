@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,8 +36,10 @@ class Request:
 class Requests:
     """The requests of one sweep."""
 
-    def __init__(self, engine: sa.Engine, sweep: str):
+    def __init__(self, engine: sa.Engine, sweep: str, writing: Callable[[], AbstractContextManager[sa.Connection]]):
+        """`writing` begins a transaction of the driver's, if it still is the driver."""
         self._engine = engine
+        self._writing = writing
         self._sweep = sweep
         self.of_one_host = engine.dialect.name == "sqlite"
         """Whether only the driver's own host may write: SQLite's file is no meeting place of two."""
@@ -92,18 +95,18 @@ class Requests:
 
     def _taken(self, id: int) -> bool:
         mine = REQUESTS.update().where(self._open & (REQUESTS.c.id == id)).values(taken=utc_now())
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             return connection.execute(mine).rowcount == 1
 
     @persistent
     def answer(self, id: int, answer: Any = None, refusal: str | None = None) -> None:
         """Say that it is done, and what came of it; or why it is not."""
         values = {"answered": utc_now(), "answer": answer, "refusal": refusal}
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(REQUESTS.update().where(REQUESTS.c.id == id).values(values))
 
     @persistent
     def forget_open(self) -> None:
         """A new driver begins: what was asked of the one before is nothing to it."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(REQUESTS.delete().where(self._open))

@@ -11,7 +11,9 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cached_property
@@ -20,10 +22,20 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from tuner.errors import NotFoundError, SpecError, TunerError
-from tuner.results import tables
+from tuner.errors import NotFoundError, SpecError, Superseded, TunerError
+from tuner.results import schema, tables
 from tuner.results.alive import BEAT_S, driver_lives, may_live
-from tuner.results.database import connect, database_url, engine_options, one_at_a_time, persistent, say_away
+from tuner.results.database import (
+    connect,
+    database_url,
+    engine_options,
+    leave_wal,
+    one_at_a_time,
+    persistent,
+    readable,
+    say_away,
+    use_wal,
+)
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.results.requests import Requests
@@ -50,7 +62,13 @@ class Store:
         self._engine = connect(url)
         self._began: float | None = None
         """Of the driver: when it would have begun, by its monotonic clock, had the sweep never been without one."""
-        self.requests = Requests(self._engine, spec.name)
+        self._optunas: list[optuna.storages.RDBStorage] = []
+        """Optuna's own connections to the same database."""
+        self.has_run = False
+        """Whether this driver has come further than preparing."""
+        self._token: str | None = None
+        """Of the driver: what a successor replaces in the sweep's row, and every write of this one is held against."""
+        self.requests = Requests(self._engine, spec.name, self._writing)
 
     @classmethod
     def create(cls, spec: SweepSpec) -> Store:
@@ -61,11 +79,11 @@ class Store:
         database does not take it.
         """
         cls.refuse_existing(spec)
-        folder = SweepFolder.of(spec)
+        folder, token = SweepFolder.of(spec), secrets.token_hex(8)
         draft = SweepFolder(folder.path.with_name(f".{folder.name}.{secrets.token_hex(4)}"), folder.root)
         draft.path.mkdir(parents=True)
         try:
-            cls(spec, draft, database_url(spec, draft, "rwc"))._create_tables()
+            cls(spec, draft, database_url(spec, draft, "rwc"))._create_tables(token)
             if folder.root.url is None:
                 draft.root.create(draft.spec, dump_spec(spec))
                 draft.path.rename(folder.path)
@@ -77,7 +95,9 @@ class Store:
             raise
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
-        return cls(spec, folder, database_url(spec, folder, "rw"))
+        store = cls(spec, folder, database_url(spec, folder, "rw"))
+        store._token = token
+        return store
 
     @staticmethod
     def refuse_existing(spec: SweepSpec) -> None:
@@ -95,17 +115,19 @@ class Store:
         spec = _spec_of(folder)
         if spec.storage.study is None and not folder.study.exists():
             raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
-        store = cls(spec, folder, database_url(spec, folder, "rw"))
-        tables.check_tables(store._engine, spec.name)
+        url, borrowed = database_url(spec, folder, "rw"), ExitStack()
+        if spec.storage.study is None and not os.access(folder.path, os.W_OK):
+            url = borrowed.enter_context(readable(folder.study))
+        store = cls(spec, folder, url)
+        weakref.finalize(store, borrowed.close)
+        schema.check_tables(store._engine, spec.name)
         return store
 
-    def _create_tables(self) -> None:
+    def _create_tables(self, token: str) -> None:
         import optuna
 
         with one_at_a_time(self._engine):
-            if self._url.get_backend_name() == "sqlite":
-                with self._engine.connect() as connection:
-                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            use_wal(self._engine)
             storage = self._optuna_storage(create=True)
             try:
                 optuna.create_study(study_name=self.spec.name, storage=storage, direction=self.spec.objective.goal)
@@ -114,13 +136,12 @@ class Store:
                     f"the database of storage.study already holds a study {self.spec.name!r}, whose folder is not "
                     f"under {self.spec.storage.root}: choose another name, or the --root that it was started with"
                 ) from None
-            tables.METADATA.create_all(self._engine)
+            schema.bring_up_to_date(self._engine)
             values = {"name": self.spec.name, "status": "queued", "spec": self.spec.model_dump(mode="json")}
+            values["driver"] = token
             with self._engine.begin() as connection:
                 connection.execute(tables.SWEEPS.insert().values(created=utc_now(), **values))
-        storage.remove_session()
-        storage.engine.dispose()
-        self._engine.dispose()
+        self._close()
 
     def _optuna_storage(self, create: bool) -> optuna.storages.RDBStorage:
         import optuna
@@ -129,9 +150,11 @@ class Store:
         url = self._url.render_as_string(hide_password=False)
         options = engine_options(self._url, durable=False)
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=not create)
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=not create)
         except RuntimeError as error:  # its tables are a newer Optuna's
             raise TunerError(f"the study of sweep {self.spec.name!r} cannot be read: {error}") from error
+        self._optunas.append(storage)
+        return storage
 
     # The study and its trials
 
@@ -148,7 +171,7 @@ class Store:
             self.__dict__.pop(known, None)
         database = self._optuna_storage(create=False)
         sa.event.listen(database.engine, "handle_error", say_away)
-        self._storage = HeldStorage(database, self.spec.name)
+        self._storage = HeldStorage(database, self.spec.name, self.refuse_superseded)
 
     @cached_property
     def study(self) -> optuna.Study:
@@ -175,7 +198,7 @@ class Store:
         if goes_on:
             return
         mine = (tables.REPORTS.c.sweep == self.spec.name) & (tables.REPORTS.c.trial == number)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(tables.REPORTS.delete().where(mine))
 
     def tried(self, number: int) -> list[Attempt]:
@@ -217,7 +240,7 @@ class Store:
         """Record one evaluation. Reports come at least once: the same tokens again replace what stood there."""
         key = {"sweep": self.spec.name, "trial": number, "tokens": report.tokens}
         same = sa.and_(*(tables.REPORTS.c[column] == value for column, value in key.items()))
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(tables.REPORTS.delete().where(same))
             connection.execute(tables.REPORTS.insert().values({**report.as_dict(), **key, "time": utc_now()}))
 
@@ -226,7 +249,7 @@ class Store:
         """Record that the adapter of one report is kept no longer."""
         table = tables.REPORTS
         this = (table.c.sweep == self.spec.name) & (table.c.trial == number) & (table.c.tokens == tokens)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(table.update().where(this).values(adapter_path=None))
 
     @persistent
@@ -279,6 +302,7 @@ class Store:
     def set_status(self, status: Status, message: str | None = None) -> None:
         """Record where the sweep stands. Who sets `preparing` or `running` becomes its driver."""
         values: dict[str, Any] = {"status": status, "message": message}
+        self.has_run = self.has_run or status == "running"
         if status in ACTIVE:
             if self._began is None:
                 self._began = time.monotonic() - self.status().elapsed_s
@@ -287,21 +311,71 @@ class Store:
             values |= {"finished": utc_now(), **self._driven()}
             self._began = None
         self._update(values)
+        if status not in (*ACTIVE, "queued") and self.spec.storage.study is None:
+            self._close()
+            leave_wal(self.folder.study)
+
+    def _close(self) -> None:
+        """Give up every connection; the next question makes a new one."""
+        self._engine.dispose()
+        for storage in self._optunas:
+            storage.remove_session()
+            storage.engine.dispose()
 
     def take_over(self, seen: SweepStatus) -> None:
         """Become the driver of a sweep that has none; of several who have seen it so, one does.
 
-        One that is only taken for dead is given the time to show that it lives. Raises `TunerError` when there is a
-        driver.
+        One that is only taken for dead is given the time to show that it lives; if it wakes up later, it can write
+        nothing any more. Tables of an older version are brought up to date. Raises `TunerError` when there is a driver.
         """
-        if seen.status not in ACTIVE and may_live(seen):
+        self.refuse_driven(seen)
+        if may_live(seen):
             time.sleep(BEAT_S)
+        with one_at_a_time(self._engine):
+            use_wal(self._engine)
+            schema.bring_up_to_date(self._engine)
         self._began = time.monotonic() - seen.elapsed_s
+        token = secrets.token_hex(8)
         unchanged = tables.SWEEPS.c.heartbeat.is_not_distinct_from(seen.heartbeat)
-        values = {"status": "preparing", "message": None, **self._driven_from_here()}
-        if seen.status in ACTIVE or not self._update(values, unchanged):
+        values = {"status": "preparing", "message": None, "driver": token, **self._driven_from_here()}
+        if not self._update(values, unchanged):
             raise TunerError(f"sweep {self.spec.name!r} is running already")
+        self._token = token
         self.requests.forget_open()
+
+    def refuse_driven(self, seen: SweepStatus) -> None:
+        """Raise `TunerError` when the sweep has a driver."""
+        if seen.status in ACTIVE:
+            raise TunerError(f"sweep {self.spec.name!r} is running already")
+
+    def give_back(self, seen: SweepStatus, spec: SweepSpec) -> None:
+        """Leave the sweep as it was before this driver took it over, which came to nothing."""
+        if self.spec != spec:
+            self.set_spec(spec)
+        self._began = None
+        unchanged = {"status": seen.status, "message": seen.message, "finished": seen.finished}
+        self._update({**unchanged, "heartbeat": seen.heartbeat, "pid": seen.pid, "host": seen.host})
+
+    @persistent
+    def refuse_superseded(self) -> None:
+        """Raise `Superseded` when this store was the driver's and no longer is."""
+        if self._token is None:
+            return
+        query = sa.select(tables.SWEEPS.c.driver).where(tables.SWEEPS.c.name == self.spec.name)
+        with self._engine.connect() as connection:
+            if connection.execute(query).scalar() != self._token:
+                raise Superseded(self.spec.name)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        """A transaction in which nobody takes the sweep over. Raises `Superseded` when somebody has."""
+        with self._engine.begin() as connection:
+            if self._token is not None:
+                mine = (tables.SWEEPS.c.name == self.spec.name) & (tables.SWEEPS.c.driver == self._token)
+                held = connection.execute(tables.SWEEPS.update().where(mine).values(driver=self._token))
+                if held.rowcount != 1:
+                    raise Superseded(self.spec.name)
+            yield connection
 
     def set_spec(self, spec: SweepSpec) -> None:
         """Put another spec in the place of the sweep's, whose driver this is."""
@@ -346,7 +420,7 @@ class Store:
     def _update(self, values: Mapping[str, Any], condition: sa.ColumnElement[bool] | None = None) -> bool:
         """Change the sweep's row, if a condition on it holds; return whether it did."""
         mine = tables.SWEEPS.c.name == self.spec.name
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             where = mine if condition is None else mine & condition
             return connection.execute(tables.SWEEPS.update().where(where).values(values)).rowcount == 1
 
@@ -354,7 +428,8 @@ class Store:
     def status(self) -> SweepStatus:
         """How the sweep stands, as seen from here: a driver that is gone makes it `interrupted`."""
         with self._engine.connect() as connection:
-            query = sa.select(tables.SWEEPS).where(tables.SWEEPS.c.name == self.spec.name)
+            read = [column for column in tables.SWEEPS.columns if column not in schema.OPTIONAL]
+            query = sa.select(*read).where(tables.SWEEPS.c.name == self.spec.name)
             row = connection.execute(query).mappings().one_or_none()
         if row is None:
             raise NotFoundError(f"sweep {self.spec.name!r} is not in its database")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
 
-from tuner.errors import TunerError
 from tuner.results.record import SweepStatus, TrialRecord
 from tuner.spec.trial import Attempt, Outcome, Report
 
@@ -48,8 +47,12 @@ SWEEPS = sa.Table(
     sa.Column("pid", sa.Integer),
     sa.Column("host", sa.String(255)),
     sa.Column("driven_s", sa.Double),
+    sa.Column("driver", sa.String(32)),
     *(sa.Column(name, UTCDateTime) for name in ("created", "started", "heartbeat", "finished")),
 )
+
+OPTIONAL = (SWEEPS.c.driver,)
+"""Columns that older versions lack and no reader needs."""
 
 _COLUMN_TYPES = {"int": sa.BigInteger, "float": sa.Double, "str | None": sa.Text}
 _KEY = ("sweep", "trial", "tokens")
@@ -79,23 +82,6 @@ REQUESTS = sa.Table(
     sa.Column("refusal", sa.Text),
     *(sa.Column(name, UTCDateTime) for name in ("asked", "taken", "answered")),
 )
-
-
-def check_tables(engine: sa.Engine, sweep: str) -> None:
-    """Raise `TunerError` when the tables cannot be read, or lack what this version reads."""
-    try:  # a border: the file may be damaged, the server away
-        inspector = sa.inspect(engine)
-        there = {table: [column["name"] for column in inspector.get_columns(table)] for table in METADATA.tables}
-    except (sa.exc.DBAPIError, sa.exc.NoSuchTableError) as error:
-        why = error.orig if isinstance(error, sa.exc.DBAPIError) else f"no table {error}"
-        raise TunerError(f"the records of sweep {sweep!r} cannot be read: {why}") from error
-    for table in METADATA.sorted_tables:
-        missing = [column.name for column in table.columns if column.name not in there[table.name]]
-        if missing:
-            raise TunerError(
-                f"sweep {sweep!r} was recorded by another version of tuner, which knew no {', '.join(missing)}: "
-                "look at it with that one"
-            )
 
 
 _FLOATS = [field.name for field in dataclasses.fields(Report) if field.type == "float"]

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
-Outcome = Literal["RUNNING", "COMPLETED", "STOPPED", "INFEASIBLE", "FAILED"]
+Outcome = Literal["RUNNING", "INTERRUPTED", "COMPLETED", "STOPPED", "INFEASIBLE", "FAILED"]
 NO_IMPROVEMENT = "no improvement"
 """Cause of a trial that completed before its budget was spent: `stopping.patience` gave the rest back."""
 
