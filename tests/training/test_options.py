@@ -418,6 +418,6 @@ def test_a_shared_base_is_checkpointed_as_asked_under_either_name(name, asked, t
     sweep = Sweep(tiny_model_dir, tmp_path, train={"per_device_train_batch_size": 2, name: asked})
     engine = sweep.engine()
     try:
-        assert any(module.gradient_checkpointing for module in engine.lanes[0].joint._model.model.layers) == asked
+        assert any(module.gradient_checkpointing for module in engine.lanes[0].joint.model.model.layers) == asked
     finally:
         engine.close()

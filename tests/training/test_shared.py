@@ -513,6 +513,9 @@ def test_of_equally_likely_tokens_the_first_is_right(monkeypatch):
     assert 0 < correct.sum() < (logits.gather(1, targets[:, None])[:, 0] == logits.amax(-1)).sum()
 
 
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("changes", "longest", "reason"),
     [
@@ -521,7 +524,8 @@ def test_of_equally_likely_tokens_the_first_is_right(monkeypatch):
         ({"sliding_window": 256}, 128, None),
         ({"sliding_window": 64}, None, "attends to 64 tokens at a time"),
         ({"final_logit_softcapping": 30.0}, 128, "caps its logits"),
-        ({"logits_scaling": 8.0}, 128, "scales its logits"),
+        ({"rope_parameters": LONG}, 64, None),
+        ({"rope_parameters": LONG}, 65, "beside one of over 64 tokens"),
         ({"router_aux_loss_coef": 0.01}, 128, "mixture of experts"),
         ({"layer_types": ["full_attention", "linear_attention"]}, 128, "layers of another kind"),
     ],

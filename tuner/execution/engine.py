@@ -167,7 +167,7 @@ class EngineActor:
             return None
         base = self._base.result()
         self._events.put(("Measuring the base", 0, 0))
-        if why_not_shared(self._spec) or self._why_not_joint():
+        if why_not_shared(self._spec) or self._why_not_joint:
             return score_base(self._spec, base, sweep)
         return self._serving(sweep.as_dict()).score_base()
 
@@ -177,9 +177,8 @@ class EngineActor:
         from tuner.training.baseline import Preparation
         from tuner.training.shared.planner import plan_slots
 
-        refusal = self._why_not_joint()
-        if refusal:
-            return 0, 0, refusal
+        if self._why_not_joint:
+            return 0, 0, self._why_not_joint
         plan = plan_slots(self._spec, self._serving(facts), Preparation(**facts), engines)
         return plan.slots, plan.lanes, plan.reason
 
@@ -217,12 +216,15 @@ class EngineActor:
         chosen = resources.model_copy(update={"strategy": self._chosen.name})
         return loads_in_parts(chosen, self._spec.model.quantization)
 
+    @cached_property
     def _why_not_joint(self) -> str | None:
         from tuner.training.dataset import eval_max_length
         from tuner.training.shared.joint import why_not_joint
+        from tuner.training.shared.proof import why_not_equal
 
         assert self._base is not None
-        return why_not_joint(self._base.result(), eval_max_length(self._spec))
+        base = self._base.result()
+        return why_not_joint(base, eval_max_length(self._spec)) or why_not_equal(base)
 
     # During the search
 

@@ -65,34 +65,34 @@ class JointModel:
         self._device, self._dtype = base.device, base.dtype
         self._runs: list[Run] = []
         self._stacks: dict[int, Stack] = {}
-        self._model = share_weights(base)
-        self._model.requires_grad_(False)
-        self._model.config._attn_implementation = ATTENTION
-        self._head = self._model.get_output_embeddings()
-        self._linears = {
+        self.model = share_weights(base)
+        self.model.requires_grad_(False)
+        self.model.config._attn_implementation = ATTENTION
+        self._head = self.model.get_output_embeddings()
+        self.linears = {
             name: module
-            for name, module in self._model.named_modules()
+            for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module is not self._head
         }
-        for number, (name, module) in enumerate(self._linears.items(), start=1):  # 0 is the noise's
-            self._model.set_submodule(name, JointLinear(module, name, number, self._runs))
+        for number, (name, module) in enumerate(self.linears.items(), start=1):  # 0 is the noise's
+            self.model.set_submodule(name, JointLinear(module, name, number, self._runs))
         if activation_checkpointing:
-            self._model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self._batches: list[MicroBatch] = []
         self._layout = Layout([1], self._device)
-        self._model.get_input_embeddings().register_forward_hook(self._add_noise)
-        self._model.train()
+        self.model.get_input_embeddings().register_forward_hook(self._add_noise)
+        self.model.train()
 
     def attach(self, tree: PreTrainedModel) -> Adapter:
         """A place for the adapter in a slot's own module tree. Raises NotShareable, see `lora_layers`."""
-        layers = lora_layers(tree, list(self._linears))
+        layers = lora_layers(tree, list(self.linears))
         return Adapter(self.stack(max((layer.r["default"] for layer in layers.values()), default=1)), layers)
 
     def stack(self, rank: int) -> Stack:
         """Where adapters of this rank are kept."""
         size = bucket(rank)
         if size not in self._stacks:
-            self._stacks[size] = Stack(self._linears, size, self._dtype, self._device)
+            self._stacks[size] = Stack(self.linears, size, self._dtype, self._device)
         return self._stacks[size]
 
     def step(self, batches: Sequence[MicroBatch]) -> list[float]:
@@ -111,7 +111,7 @@ class JointModel:
     def score(self, batches: Sequence[MicroBatch]) -> list[tuple[float, int, int]]:
         """For every slot the summed negative log-likelihood (nats), correct tokens and tokens of its documents."""
         order = _side_by_side(batches)
-        with eval_mode(self._model):
+        with eval_mode(self.model):
             hidden, targets, spans = self._forward([batches[index] for index in order])
             nll, correct = nll_and_correct(hidden, self._head_weight(hidden.dtype), targets)
         parts = zip(nll.split(spans), correct.split(spans), spans, strict=True)
@@ -124,7 +124,7 @@ class JointModel:
         self._batches = list(batches)
         self._runs[:] = _runs(batches)
         self._layout = Layout([len(document.input_ids) for document in documents], self._device)
-        output = self._model.base_model(
+        output = self.model.base_model(
             input_ids=torch.cat([document.input_ids for document in documents])[None].to(self._device),
             position_ids=self._layout.positions[None],
             use_cache=False,
@@ -141,7 +141,7 @@ class JointModel:
 
     def _add_noise(self, module: nn.Module, inputs: Any, embeddings: torch.Tensor) -> torch.Tensor | None:
         """NEFTune, for the slots that ask for it: uniform noise on the embeddings of their tokens."""
-        if not self._model.training or not any(batch.noise for batch in self._batches):
+        if not self.model.training or not any(batch.noise for batch in self._batches):
             return None
         parts = embeddings[0].split([batch.tokens for batch in self._batches])
         return torch.cat([_with_noise(part, batch) for part, batch in zip(parts, self._batches, strict=True)])[None]
@@ -153,11 +153,11 @@ class JointModel:
 
 
 def why_not_joint(model: PreTrainedModel, longest: int | None) -> str | None:
-    """What in an architecture the joint step does not compute, if anything; `longest` is the longest document."""
+    """What in an architecture two short documents would not show, if anything; `longest` is the longest document.
+
+    `proof.why_not_equal` finds all that they do show.
+    """
     config = model.config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"the model scales its logits ({name})"
     for name in ("final_logit_softcapping", "attn_logit_softcapping"):
         if getattr(config, name, None) is not None:
             return f"the model caps its logits ({name})"
@@ -169,9 +169,11 @@ def why_not_joint(model: PreTrainedModel, longest: int | None) -> str | None:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and (longest is None or longest > window):
         return f"the model attends to {window} tokens at a time, fewer than a sequence may have"
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return "the model's head is no plain linear layer"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest is None or longest > trained:
+            return f"the model turns short sequences otherwise beside one of over {trained} tokens"
     return None
 
 
