@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from tuner.errors import PromotionRefused, TunerError
+from tuner.errors import Problem, PromotionRefused, SpecError, TunerError
 from tuner.promotion.card import write_card
 from tuner.promotion.fresh import MergeJob, Progress, run_fresh
 from tuner.promotion.gate import decide
@@ -65,6 +65,8 @@ class Promotion:
     """What the gate had said."""
     samples: tuple[dict[str, str], ...]
     """`prompt`, `before` (the base's answer) and `after` (the merged model's)."""
+    scores: Scores
+    """Of the same four, by metric: all that were measured."""
     pushed_to: str | None = None
     """Address of the model on the hub."""
 
@@ -104,10 +106,13 @@ def promote(
 
     Raises:
         PromotionRefused: the checkpoint or the evaluation set is broken, or the gate said no; nothing is left behind.
+        SpecError: `push_to_hub` can be no repository's name.
         AliasMoved: another node promoted meanwhile, and this model was not measured against that one.
         DiskFullError: there is too little room for the merged model.
         TunerError: the merge process failed; its last lines are in the message.
     """
+    if push_to_hub:
+        _check_repository(push_to_hub)
     settings = spec.promotion or PromotionSpec()
     alias = alias or settings.alias
     root = Root.of(spec)
@@ -115,7 +120,7 @@ def promote(
     root.inside(sweep_folder.eval_rows)  # refused here where it is a link that leads out
     base_figures, trial_figures = _figures(baseline, "untuned base"), _figures(report.as_dict(), "trial")
     refuse_full_disk(root.models)
-    with staging(root, alias) as working:
+    with staging(root, alias, progress) as working:
         before = current(root, alias)
         known = _known_scores(before, eval_fingerprint)
         job = MergeJob(
@@ -185,8 +190,8 @@ def _known_scores(version: Version | None, eval_fingerprint: str) -> dict[str, f
     """What the promoted model scored when it was promoted, if that was on the same evaluation set."""
     if version is None:
         return None
-    manifest = version.manifest()
-    return manifest["scores"]["merged"] if manifest["eval_fingerprint"] == eval_fingerprint else None
+    merged: dict[str, float] = version.recorded("scores", "merged")
+    return merged if version.recorded("eval_fingerprint") == eval_fingerprint else None
 
 
 def _figures(values: Mapping[str, Any], whose: str) -> dict[str, float]:
@@ -244,8 +249,20 @@ def _promotion(
         forced=manifest["forced"],
         reasons=tuple(manifest["reasons"]),
         samples=tuple(samples),
+        scores=scores,
         pushed_to=pushed_to,
     )
+
+
+def _check_repository(repository: str) -> None:
+    """Raise SpecError for what can be no repository's name, before hours of work are put into it."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        allowed = "NAME or USER/NAME; letters, digits, -, _ and ., at most 96"
+        raise SpecError([Problem("push_to_hub", repr(repository), allowed)], "promote") from None
 
 
 def _push(version: Version, repository: str, progress: Progress) -> str:

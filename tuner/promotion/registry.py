@@ -12,22 +12,24 @@ models/ALIAS/moves/00001.json, 00002.json, ...
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from tuner.errors import AliasMoved, NotFoundError
+from tuner.errors import AliasMoved, NotFoundError, TunerError
 from tuner.promotion.manifest import MANIFEST
 from tuner.spec.layout import Root, flush
 
@@ -36,6 +38,9 @@ _HISTORY = "history.jsonl"
 _MOVES = "moves"
 _CLAIM = ".claimed"
 _INCOMING = ".incoming-"
+
+Say = Callable[[str], None]
+"""Called with a line for the user."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,29 @@ class Version:
         return self.path if self.root.url is None else self.root.address(self.path)
 
     def manifest(self) -> dict[str, Any]:
-        """What `tuner.promotion.manifest` wrote beside the weights."""
-        return json.loads(self.root.read(self.path / MANIFEST))
+        """What `tuner.promotion.manifest` wrote beside the weights. Raises TunerError where it cannot be read."""
+        try:  # a border: the folder may have been copied in part, or edited
+            found = json.loads(self.root.read(self.path / MANIFEST))
+        except (OSError, ValueError) as error:
+            raise self._broken(str(error)) from None
+        if not isinstance(found, dict):
+            raise self._broken("it is no JSON object")
+        return found
+
+    def recorded(self, *keys: str) -> Any:
+        """A value of the manifest, by the keys that lead to it. Raises TunerError where it is not there."""
+        found: Any = self.manifest()
+        for key in keys:
+            if not isinstance(found, dict) or key not in found:
+                raise self._broken(f"{'.'.join(keys)} is not in it")
+            found = found[key]
+        return found
+
+    def _broken(self, why: str) -> TunerError:
+        return TunerError(
+            f"alias {self.alias!r}: the manifest of {self.name} cannot be read: "
+            f"{self.root.address(self.path / MANIFEST)}: {why}. Copy {self.name} again as a whole, or promote under another alias"
+        )
 
 
 def versions(root: Root, alias: str) -> list[Version]:
@@ -77,14 +103,45 @@ def _numbers(root: Root, alias: str) -> list[int]:
 
 
 def current(root: Root, alias: str) -> Version | None:
-    """The version that the alias points at, or None; safe to call while another process promotes."""
+    """The version that the alias points at, or None; safe to call while another process promotes.
+
+    Raises TunerError where `current` is no link, or leads to no version: it was copied, or moved by hand.
+    """
     if root.url is not None:
         moves = root.names(root.alias(alias) / _MOVES)
         target = _move(root, alias, moves[-1])["to"] if moves else None
     else:
-        link = root.inside(root.alias(alias) / _CURRENT)
-        target = os.readlink(link) if link.is_symlink() else None
-    return next((version for version in versions(root, alias) if version.name == target), None)
+        target = _linked(root, alias)
+    if target is None:
+        return None
+    known = versions(root, alias)
+    if found := next((version for version in known if version.name == target), None):
+        return found
+    raise TunerError(
+        f"alias {alias!r} points at {target}, which is no version of it; there is "
+        f"{', '.join(version.name for version in known) or 'none'}. {_how_to_point(root, alias, known)}"
+    )
+
+
+def _linked(root: Root, alias: str) -> str | None:
+    """Where the link of an alias leads: the name of what lies beside it, else a path."""
+    link = root.inside(root.alias(alias)) / _CURRENT
+    if not os.path.lexists(link):
+        return None
+    if not link.is_symlink():
+        raise TunerError(
+            f"{link} is no symbolic link to a version: it was copied without links. "
+            f"{_how_to_point(root, alias, versions(root, alias))}"
+        )
+    target = Path(os.path.realpath(link))
+    return target.name if target.parent == Path(os.path.realpath(link.parent)) else str(target)
+
+
+def _how_to_point(root: Root, alias: str, known: list[Version]) -> str:
+    if root.url is not None or not known:
+        return f"Promote under another alias, or remove {root.address(root.alias(alias) / _CURRENT)}"
+    link = shlex.quote(str(root.alias(alias) / _CURRENT))
+    return f"Point it at one, such as the last: rm -r {link} && ln -s {known[-1].name} {link}"
 
 
 def history(root: Root, alias: str) -> list[dict[str, Any]]:
@@ -94,7 +151,17 @@ def history(root: Root, alias: str) -> list[dict[str, Any]]:
     path = root.inside(root.alias(alias) / _HISTORY)
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [move for line in lines if (move := _whole(line)) is not None]
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """A move; None for a line that was cut off, by a power cut or a full disk."""
+    try:
+        move = json.loads(line)
+    except ValueError:
+        return None
+    return move if isinstance(move, dict) else None
 
 
 def _move(root: Root, alias: str, name: str) -> dict[str, Any]:
@@ -102,16 +169,18 @@ def _move(root: Root, alias: str, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def staging(root: Root, alias: str) -> Iterator[Path]:
+def staging(root: Root, alias: str, say: Say = lambda line: None) -> Iterator[Path]:
     """Yield an empty working folder to prepare the next version in, and hold the alias meanwhile.
+
+    `say` is called with a line where another process holds it, before the wait. Raises TunerError
+    where one may not write.
 
     It is held against every other process; where the root is an object store, against those of this node, and `publish`
     refuses when another node was faster. What is still there at the end, or was left by a process that was killed, is
     removed.
     """
     home = root.alias(alias)
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home):
+    with _locked(home, say):
         for leftover in home.glob(f"{_INCOMING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=home, prefix=_INCOMING))
@@ -156,21 +225,25 @@ def _upload(version: Version, folder: Path) -> None:
     version.root.keep(version.path)
 
 
-def rollback(root: Root, alias: str) -> tuple[Version, Version]:
+def rollback(root: Root, alias: str, say: Say = lambda line: None) -> tuple[Version, Version]:
     """Point the alias at the version that was current when the present one was promoted; return (from, to).
+
+    The present one is that which the alias points at when this is called. `say` is called with a line where another
+    process holds the alias, before the wait.
 
     Raises:
         NotFoundError: the alias points at nothing, or at its first version, or the version before it was deleted.
-        AliasMoved: another node moved it meanwhile.
+        AliasMoved: it was moved meanwhile, such as by a promotion that this waited for.
+        TunerError: the alias, or its manifest, cannot be read, or one may not write there.
     """
     home = root.alias(alias)
-    if current(root, alias) is None:
+    present = current(root, alias)
+    if present is None:
         raise NotFoundError(f"alias {alias!r}: nothing is promoted under {root.address(home)}")
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home):
-        present = current(root, alias)
-        assert present is not None
-        previous = present.manifest()["previous"]
+    with _locked(home, say):
+        if current(root, alias) != present:
+            raise AliasMoved(alias)
+        previous = present.recorded("previous")
         if previous is None:
             raise NotFoundError(f"alias {alias!r}: {present.name} is the first version, there is none to go back to")
         target = next((version for version in versions(root, alias) if version.name == previous), None)
@@ -180,8 +253,25 @@ def rollback(root: Root, alias: str) -> tuple[Version, Version]:
     return present, target
 
 
-def _locked(home: Path) -> FileLock:
-    return FileLock(home / ".lock")
+@contextmanager
+def _locked(home: Path, say: Say) -> Iterator[None]:
+    """Hold an alias against other processes; its folder is made."""
+    lock = FileLock(home / ".lock")
+    try:  # a border: the folder is the user's, and may be read-only
+        home.mkdir(parents=True, exist_ok=True)
+        if not os.access(home, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"another process promotes or rolls back {home.name}: waiting until it has ended")
+            lock.acquire()
+    except OSError as error:
+        raise TunerError(f"cannot write in {home}: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _point(
@@ -205,8 +295,11 @@ def _point(
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(version.name)
     os.replace(temporary, link)
-    with root.inside(home / _HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(move) + "\n")
+    with root.inside(home / _HISTORY).open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")  # the last line was cut off
+        file.write(json.dumps(move).encode() + b"\n")
     flush(home / _HISTORY)
 
 
