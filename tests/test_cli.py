@@ -34,10 +34,17 @@ PROMOTED = {
     "alias": "production",
     "version": "v2",
     "path": "/runs/models/production/v2",
+    "metric": "eval_loss",
     "score_before": 2.6,
     "score_after": 2.6012,
     "baseline": 3.0,
     "incumbent": None,
+    "scores": {
+        "merged": {"eval_loss": 2.6012, "mean_token_accuracy": 0.4987},
+        "trial": {"eval_loss": 2.6, "mean_token_accuracy": 0.5},
+        "baseline": {"eval_loss": 3.0, "mean_token_accuracy": 0.41},
+        "incumbent": None,
+    },
     "forced": False,
     "samples": [{"prompt": "What does copyfileobj do?", "before": "It is a module.", "after": "Copy data from fsrc."}],
 }
@@ -94,6 +101,38 @@ def test_results_as_csv_and_parquet_go_to_stdout_or_a_file(root, tmp_path):
     assert len(pd.read_parquet(target)) == 6
     piped = tuner_command(root, "results", "pydoc-lora", "--format", "parquet")
     assert len(pd.read_parquet(io.BytesIO(piped.stdout_bytes))) == 6
+
+
+@pytest.mark.parametrize("command", [("report",), ("results", "--json"), ("results", "--format", "csv")])
+def test_a_disk_that_is_full_under_the_output_is_a_sentence(root, command):
+    result = tuner_command(root, command[0], "pydoc-lora", *command[1:], "--output", "/dev/full")
+    assert result.exit_code == 2
+    assert "cannot write /dev/full: No space left on device" in " ".join(result.stderr.split()).replace("│ ", "")
+
+
+def test_what_others_wrote_is_no_html_in_the_report(tmp_path):
+    store = make_sweep(tmp_path)
+    store.set_promoted({"refused": ["<script>alert(1)</script> ![x](http://u) | `"], "trial": 0})
+    page = tuner.open(store.spec.name, tmp_path).report()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; !\\[x\\](http://u) \\| \\`" in page
+    assert "<script>" not in page
+
+
+def test_a_winner_without_its_checkpoint_names_the_next_best_and_nothing_is_promoted(tmp_path):
+    store = make_sweep(tmp_path)
+    result = tuner_command(tmp_path, "promote", store.spec.name, "0")
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert "trial 0 has no checkpoint at" in said
+    assert "no other trial was promoted instead; the next best is trial 2: tuner promote pydoc-lora 2" in said
+    assert store.status().promoted is None
+
+
+def test_a_repository_that_cannot_be_is_refused_before_the_merge(tmp_path):
+    store = make_sweep(tmp_path)
+    for name in ("a/b/c", "me/", "https://huggingface.co/me/x", "me/x y"):
+        result = tuner_command(tmp_path, "promote", store.spec.name, "0", "--push-to-hub", name)
+        assert (result.exit_code, f"push_to_hub: got {name!r}" in result.stderr) == (2, True), name
 
 
 def test_json_goes_to_a_file_when_asked(root, tmp_path):
@@ -287,6 +326,10 @@ def test_the_end_of_a_run_shows_base_best_promotion_and_answers(root, capsys):
     assert lines[1].split()[0] == "base"
     assert "best: trial 0, eval_loss 2.6000, accuracy 0.5000 (eval_loss -13.3 % against the base)" in lines
     assert "promoted: production v2, /runs/models/production/v2" in lines
+    assert (
+        "  merged and loaded again: eval_loss 2.6012, accuracy 0.4987; the trial: eval_loss 2.6000, accuracy 0.5000; "
+        "the base: eval_loss 3.0000, accuracy 0.4100"
+    ) in lines
     assert "  before  It is a module." in lines
     assert "  after   Copy data from fsrc." in lines
     assert lines[-1] == "tuner show pydoc-lora"

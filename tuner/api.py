@@ -147,11 +147,17 @@ def overview(root: str | Path | None = None) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["created"] is not None, row["created"]), reverse=True)
 
 
-def rollback(alias: str, root: str | Path | None = None) -> tuple[Version, Version]:
-    """Point an alias back at the version before its present one; return (from, to). Raises `NotFoundError`."""
+def rollback(
+    alias: str, root: str | Path | None = None, progress: Callable[[str], None] = lambda line: None
+) -> tuple[Version, Version]:
+    """Point an alias back at the version before its present one; return (from, to).
+
+    `progress` is called with a line where this has to wait for a promotion. Raises `NotFoundError`, and `TunerError`
+    where the alias moved meanwhile or cannot be read.
+    """
     from tuner.promotion import registry
 
-    return registry.rollback(_root(root), alias)
+    return registry.rollback(_root(root), alias, progress)
 
 
 def _root(root: str | Path | None) -> Root:

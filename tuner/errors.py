@@ -120,11 +120,15 @@ class AliasMoved(TunerError):
 
 
 class PromotionRefused(TunerError):
-    """The gate said no; the alias stays where it was. `reasons` says why, one sentence each."""
+    """The gate said no; the alias stays where it was. `reasons` says why, one sentence each.
 
-    def __init__(self, reasons: list[str]):
-        super().__init__(reasons)
+    `broken`: what speaks against it is the trial's own checkpoint; another trial's may be sound.
+    """
+
+    def __init__(self, reasons: list[str], broken: bool = False):
+        super().__init__(reasons, broken)
         self.reasons = reasons
+        self.broken = broken
 
     def __str__(self) -> str:
         return "not promoted: " + "; ".join(self.reasons)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import load_from_disk
@@ -383,6 +384,37 @@ def test_the_merge_process_ends_with_who_asked_and_leaves_nothing(stage, good, t
     while (working / "model").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not (working / "model").exists()
+    assert stage.current() == "v1"
+
+
+@pytest.mark.timeout(120, func_only=True)
+def test_a_promotion_that_is_terminated_ends_its_merge_leaves_nothing_and_says_how_to_go_on(stage, good, tmp_path):
+    arguments = tmp_path / "arguments.json"
+    arguments.write_text(json.dumps([str(stage.model), str(stage.root), str(stage.eval_rows), good.as_dict()]))
+    program = (
+        "import sys, json; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.promotion.test_promote import Stage; from tuner.spec.trial import Report\n"
+        "from tuner.cli.commands import _interruptible\n"
+        "model, root, rows, report = json.loads(Path(sys.argv[1]).read_text())\n"
+        "stage = Stage(Path(root), Path(model), Path(rows))\n"
+        "with _interruptible('promote tiny 3', root):\n"
+        "    stage.promote(Report.from_dict(report))"
+    )
+    repository = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", program, str(arguments), repository]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asker:
+        merges: list[psutil.Process] = []
+        while not merges and asker.poll() is None:
+            time.sleep(0.1)
+            children = psutil.Process(asker.pid).children()
+            merges = [one for one in children if "tuner.promotion.merge" in one.cmdline()]
+        asker.terminate()
+        _, said = asker.communicate(timeout=60)
+    assert merges, said
+    assert psutil.wait_procs(merges, timeout=10)[1] == []
+    assert "interrupted; what was promoted before stays\n" in said
+    assert f" promote tiny 3 --root {stage.root}\n" in said
+    assert stage.leftovers() == []
     assert stage.current() == "v1"
 
 

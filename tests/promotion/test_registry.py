@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.errors import NotFoundError, PromotionRefused
+from tuner.errors import AliasMoved, NotFoundError, PromotionRefused, TunerError
 from tuner.promotion.registry import Version, current, history, next_version, publish, rollback, staging, versions
 from tuner.spec.layout import Root
 
@@ -188,3 +189,124 @@ def test_a_promotion_killed_between_rename_and_link_leaves_the_alias(tmp_path: P
     assert name_of_current(root) == "v1"
     assert publish_one(root).name == "v3"
     assert [version.name for version in rollback(root, "production")] == ["v3", "v1"]
+
+
+def _copied_without_links(root: Root, home: Path) -> None:
+    link = home / "current"
+    folder = home / os.readlink(link)
+    link.unlink()
+    shutil.copytree(folder, link)
+
+
+def _in_place_of_the_link(root: Root, home: Path) -> None:
+    (home / "current").unlink()
+    (home / "current").write_text("v1")
+
+
+def _leads_nowhere(root: Root, home: Path) -> None:
+    shutil.rmtree(home / "v1")
+
+
+def _leads_elsewhere(root: Root, home: Path) -> None:
+    publish_one(root, "other")
+    (home / "current").unlink()
+    (home / "current").symlink_to("../other/v1")
+
+
+def _leads_out(root: Root, home: Path) -> None:
+    (home / "current").unlink()
+    (home / "current").symlink_to("/usr")
+
+
+BROKEN_LINKS = {
+    "no symbolic link to a version: it was copied without links": _copied_without_links,
+    "no symbolic link to a version": _in_place_of_the_link,
+    "points at v1, which is no version of it; there is none": _leads_nowhere,
+    "other/v1, which is no version of it": _leads_elsewhere,
+    "current is, or lies behind, a symbolic link that leads out of": _leads_out,
+}
+
+
+@pytest.mark.parametrize("said", BROKEN_LINKS)
+def test_an_alias_that_was_copied_or_moved_by_hand_is_refused_before_anything_is_written(tmp_path: Path, said: str):
+    root = Root(tmp_path)
+    first = publish_one(root)
+    BROKEN_LINKS[said](root, first.path.parent)
+    before = sorted(first.path.parent.iterdir())
+    for act in (publish_one, lambda root: rollback(root, "production")):
+        with pytest.raises(TunerError, match=said):
+            act(root)
+    assert sorted(first.path.parent.iterdir()) == before
+
+
+def test_what_is_said_of_a_copied_alias_mends_it(tmp_path: Path):
+    root = Root(tmp_path / "a place")
+    publish_one(root)
+    home = publish_one(root).path.parent
+    _copied_without_links(root, home)
+    with pytest.raises(TunerError) as refused:
+        current(root, "production")
+    subprocess.run(str(refused.value).partition("such as the last: ")[2], shell=True, check=True)
+    assert name_of_current(root) == "v2"
+
+
+def test_an_absolute_link_to_a_version_is_followed(tmp_path: Path):
+    version = publish_one(Root(tmp_path))
+    link = version.path.parent / "current"
+    link.unlink()
+    link.symlink_to(version.path)
+    assert name_of_current(Root(tmp_path)) == "v1"
+
+
+@pytest.mark.parametrize("text", [None, "", '{"previous": ', "[]", "{}"])
+def test_a_manifest_that_is_gone_or_broken_is_a_sentence_and_the_alias_stays(tmp_path: Path, text: str | None):
+    root = Root(tmp_path)
+    publish_one(root)
+    manifest = publish_one(root).path / "manifest.json"
+    manifest.unlink()
+    if text is not None:
+        manifest.write_text(text)
+    with pytest.raises(TunerError, match="the manifest of v2 cannot be read"):
+        rollback(root, "production")
+    assert name_of_current(root) == "v2"
+
+
+def test_a_move_that_was_cut_off_in_the_history_swallows_no_other(tmp_path: Path):
+    root = Root(tmp_path)
+    publish_one(root)
+    publish_one(root)
+    file = root.alias("production") / "history.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    rollback(root, "production")
+    assert [move["action"] for move in history(root, "production")] == ["promote", "rollback"]
+    file.write_bytes(file.read_bytes()[:-1])  # the line end alone
+    publish_one(root)
+    assert [move["action"] for move in history(root, "production")] == ["promote", "rollback", "promote"]
+
+
+def test_a_rollback_during_a_promotion_says_that_it_waits_and_leaves_the_new_version_alone(tmp_path: Path):
+    root = Root(tmp_path)
+    publish_one(root)
+    publish_one(root)
+    waits = threading.Event()
+
+    def go_back() -> None:
+        rollback(root, "production", lambda line: waits.set())
+
+    with ThreadPoolExecutor(1) as pool:
+        with staging(root, "production") as working:
+            before = current(root, "production")
+            back = pool.submit(go_back)
+            assert waits.wait(10)
+            (working / "model").mkdir()
+            (working / "model" / "manifest.json").write_text('{"previous": "v2"}')
+            publish(next_version(root, "production"), before, working / "model")
+        with pytest.raises(AliasMoved, match="was moved by somebody else meanwhile"):
+            back.result(timeout=10)
+    assert name_of_current(root) == "v3"
+
+
+def test_a_folder_of_models_in_which_one_may_not_write_is_a_sentence(tmp_path: Path):
+    (tmp_path / "models").write_text("in the way")
+    with pytest.raises(TunerError, match=r"cannot write in .*models/production: Not a directory"):
+        publish_one(Root(tmp_path))

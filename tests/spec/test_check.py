@@ -254,6 +254,20 @@ def test_a_model_without_safetensors_is_refused(tmp_path, messages_of):
     assert message.endswith("mine'; allowed: a folder with weights in safetensors: pickles are never read")
 
 
+@pytest.mark.parametrize("with_a_model", [False, True])
+def test_a_folder_with_an_adapter_is_no_base_and_its_own_base_is_named(tmp_path, messages_of, with_a_model):
+    (tmp_path / "mine").mkdir()
+    for name in ("adapter_model.safetensors", *(("config.json", "model.safetensors") if with_a_model else ())):
+        (tmp_path / "mine" / name).write_text("{}")
+    (tmp_path / "mine" / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}')
+    (message,) = messages_of("model.name=mine")
+    assert "mine', an adapter; allowed: a whole model: a base, such as this one's, 'Qwen/Qwen2.5-0.5B'," in message
+    for broken in ("[]", "{", "{}"):
+        (tmp_path / "mine" / "adapter_config.json").write_text(broken)
+        (message,) = messages_of("model.name=mine")
+        assert "mine', an adapter; allowed: a whole model: a base, or what merging" in message
+
+
 def test_evaluating_on_the_training_file_is_refused(tmp_path, messages_of):
     (tmp_path / "rows.jsonl").write_text("{}")
     (message,) = messages_of("data.path=rows.jsonl", "data.eval_path=./rows.jsonl")

@@ -269,7 +269,11 @@ def promote(
     from tuner.cli.screens import show_promoted
 
     sweep = open(name, root)
-    done = sweep.promote(trial, alias, force, push_to_hub, progress=lambda step: say(step, err=True))
+    options = {"--alias": alias, "--push-to-hub": push_to_hub}
+    again = ["promote", name, *([] if trial is None else [str(trial)]), *(["--force"] if force else [])]
+    again += [part for option, value in options.items() if value for part in (option, value)]
+    with _interruptible(shlex.join(again), root):
+        done = sweep.promote(trial, alias, force, push_to_hub, progress=lambda step: say(step, err=True))
     show_promoted(asdict(done))
     say_next(f"rollback {done.alias}", root)
 
@@ -282,7 +286,7 @@ def rollback(
     """Point an alias back at the version before."""
     from tuner import api
 
-    before, now = api.rollback(alias, root)
+    before, now = api.rollback(alias, root, progress=lambda line: say(line, err=True))
     say(f"{alias}: {before.name} -> {now.name}, {now.place}")
     say_next("ls", root)
 
@@ -292,6 +296,25 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal gets ? for what it lacks
     app()
+
+
+@contextmanager
+def _interruptible(command: str, root: str | None) -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C while a promotion runs: it removes what it wrote and ends its merge process.
+
+    `command` is said to be the one to type then.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted; what was promoted before stays", err=True)
+        say_next(command, root, err=True)
+        raise
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

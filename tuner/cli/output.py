@@ -7,6 +7,8 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -78,11 +80,13 @@ def deliver(content: str | bytes, output: Path | None) -> None:
         typer.echo(plain(content if isinstance(content, str) else content.decode(errors="replace")), nl=False)
 
 
-def _opened(output: Path) -> BinaryIO:
-    try:  # a border: the user names the file
-        return output.open("wb")
+@contextmanager
+def _opened(output: Path) -> Iterator[BinaryIO]:
+    try:  # a border: the user names the file, and its disk may be full
+        with output.open("wb") as file:
+            yield file
     except OSError as error:
-        raise typer.BadParameter(f"cannot write {output}: {error.strerror}") from None
+        raise typer.BadParameter(f"cannot write {output}: {error.strerror or error}") from None
 
 
 def export(frame: pd.DataFrame, format: Format, output: Path | None) -> None:

@@ -140,11 +140,14 @@ def show_promoted(promoted: dict[str, Any] | None) -> None:
     if reasons := promoted.get("refused"):
         say("not promoted: " + "; ".join(reasons))
         return
+    metric, known = promoted["metric"], promoted.get("scores")  # an earlier version recorded the objective's alone
+    names = {"merged": "score_after", "trial": "score_before", "baseline": "baseline"}
+    scores = known or {whose: {metric: promoted[name]} for whose, name in names.items()}
     forced = ", forced" if promoted.get("forced") else ""
     say(f"promoted: {promoted['alias']} {promoted['version']}{forced}, {from_here(promoted['path'])}")
     say(
-        f"  merged and loaded again it scores {figure(promoted.get('score_after'))}; "
-        f"the trial {figure(promoted.get('score_before'))}, the base {figure(promoted.get('baseline'))}"
+        f"  merged and loaded again: {scores_text(scores['merged'])}; the trial: {scores_text(scores['trial'])}; "
+        f"the base: {scores_text(scores['baseline'])}"
     )
     for sample in (promoted.get("samples") or [])[:1]:
         for label in ("prompt", "before", "after"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from tuner.errors import AliasMoved, NotFoundError
+from tuner.errors import AliasMoved, NotFoundError, PromotionRefused
 from tuner.promotion.promote import Promotion, promote
+from tuner.results.ranking import best_trial
 from tuner.results.record import TrialRecord
 from tuner.results.store import Store
 
@@ -19,7 +20,10 @@ def promote_trial(
     push_to_hub: str | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Promotion:
-    """Merge, measure and promote the best report of a trial, and record that. Raises as `promotion.promote` does."""
+    """Merge, measure and promote the best report of a trial, and record that. Raises as `promotion.promote` does.
+
+    Where the checkpoint is broken, the refusal names the command that promotes the best of the other trials.
+    """
     if record.report is None:
         raise NotFoundError(f"trial {record.number} of sweep {store.spec.name!r} has no finite result to promote")
     status = store.status()
@@ -43,5 +47,19 @@ def promote_trial(
     except AliasMoved as moved:
         progress(str(moved))
         return promote_trial(store, record, alias, force, push_to_hub, progress)
+    except PromotionRefused as refusal:
+        other = _best_other(store, record) if refusal.broken else None
+        if other is None:
+            raise
+        command = f"tuner promote {store.spec.name} {other}" + (f" --alias {alias}" if alias else "")
+        said = f"no other trial was promoted instead; the next best is trial {other}: {command}"
+        raise PromotionRefused([*refusal.reasons, said], broken=True) from refusal
     store.set_promoted({**asdict(promotion), "path": str(promotion.path)})
     return promotion
+
+
+def _best_other(store: Store, record: TrialRecord) -> int | None:
+    """The number of the best trial but this one whose adapter is kept."""
+    others = [one for one in store.trials() if one.number != record.number and one.adapter_path]
+    found = best_trial(others, store.spec.objective, store.status().tokens_per_trial)
+    return found[0].number if found else None

@@ -87,7 +87,7 @@ def run_fresh(job: MergeJob, working: Path, log: Path, progress: Progress) -> di
         raise TunerError(f"the merge process ended with exit code {code}; the end of {log}:\n{tail}")
     result = json.loads(result_file.read_text(encoding="utf-8"))
     if "refused" in result:
-        raise PromotionRefused(result["refused"])
+        raise PromotionRefused(result["refused"], result["broken"])
     if "full" in result:
         raise DiskFullError(result["full"])
     return result

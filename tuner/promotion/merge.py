@@ -53,9 +53,9 @@ def main(job_file: str, result_file: str) -> None:
     try:  # a border: what speaks for itself is a result, anything else is a failure of this process
         result = run(job, lambda step: print(step, file=steps))
     except PromotionRefused as refusal:
-        result = {"refused": refusal.reasons}
+        result = {"refused": refusal.reasons, "broken": refusal.broken}
     except DataError as damaged:
-        result = {"refused": [str(damaged)]}
+        result = {"refused": [str(damaged)], "broken": False}
     except DiskFullError as full:
         result = {"full": str(full)}
     finally:
@@ -174,10 +174,13 @@ def _check(job: MergeJob, progress: Progress) -> tuple[dict[str, Any], dict[str,
         raise PromotionRefused(changes)
     source, options = pretrained_source(model, Path(job.cache))
     config = AutoConfig.from_pretrained(source, **options)
-    if job.config["lora"] is None:
-        facts = check_full_model(Path(job.checkpoint), config)
-    else:
-        facts = check_adapter(Path(job.checkpoint), config, source, model["trust_remote_code"])
+    try:
+        if job.config["lora"] is None:
+            facts = check_full_model(Path(job.checkpoint), config)
+        else:
+            facts = check_adapter(Path(job.checkpoint), config, source, model["trust_remote_code"])
+    except PromotionRefused as refusal:
+        raise PromotionRefused(refusal.reasons, broken=True) from refusal
     return facts, {"name": model["name"], "revision": model["revision"], "identity": identity}
 
 

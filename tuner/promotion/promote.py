@@ -183,7 +183,8 @@ def _checkpoint(sweep: SweepFolder, record: Trial, report: Report) -> str:
     try:
         return str(sweep.root.fetch(adapter))
     except FileNotFoundError:
-        raise PromotionRefused([f"trial {record.number} has no checkpoint at {sweep.root.address(adapter)}"]) from None
+        said = f"trial {record.number} has no checkpoint at {sweep.root.address(adapter)}"
+        raise PromotionRefused([said], broken=True) from None
 
 
 def _known_scores(version: Version | None, eval_fingerprint: str) -> dict[str, float] | None:

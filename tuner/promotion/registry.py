@@ -87,7 +87,8 @@ class Version:
     def _broken(self, why: str) -> TunerError:
         return TunerError(
             f"alias {self.alias!r}: the manifest of {self.name} cannot be read: "
-            f"{self.root.address(self.path / MANIFEST)}: {why}. Copy {self.name} again as a whole, or promote under another alias"
+            f"{self.root.address(self.path / MANIFEST)}: {why}. "
+            f"Copy {self.name} again as a whole, or promote under another alias"
         )
 
 
@@ -133,8 +134,9 @@ def _linked(root: Root, alias: str) -> str | None:
             f"{link} is no symbolic link to a version: it was copied without links. "
             f"{_how_to_point(root, alias, versions(root, alias))}"
         )
-    target = Path(os.path.realpath(link))
-    return target.name if target.parent == Path(os.path.realpath(link.parent)) else str(target)
+    target = link.parent / os.readlink(root.inside(link))
+    beside = os.path.realpath(target.parent) == os.path.realpath(link.parent)
+    return target.name if beside else os.path.realpath(target)
 
 
 def _how_to_point(root: Root, alias: str, known: list[Version]) -> str:

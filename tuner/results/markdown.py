@@ -11,7 +11,7 @@ from tuner.results.plain import plain
 def inline(text: object) -> str:
     """Text within a paragraph or a table's cell: on one line, without HTML, links, code or bars of its own."""
     escaped = html.escape(plain(" ".join(str(text).split())), quote=False)
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", escaped)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", escaped)
 
 
 def code(text: object) -> str:

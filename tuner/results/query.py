@@ -100,11 +100,14 @@ def reports_frame(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 
 def write_frame(frame: pd.DataFrame, format: str, target: Any) -> None:
-    """Write a frame as `csv` or `parquet` to a path or a binary file."""
+    """Write a frame as `csv` or `parquet` to a path or a binary file.
+
+    In CSV, text that a spreadsheet would run as a formula begins with an apostrophe.
+    """
     import pandas as pd
 
     if format == "csv":
-        frame.to_csv(target, index=False)
+        frame.rename(columns=_no_formula).map(_no_formula).to_csv(target, index=False)
         return
     uniform = frame.copy()
     for name in uniform.columns[[pd.api.types.is_object_dtype(dtype) for dtype in uniform.dtypes]]:
@@ -112,6 +115,14 @@ def write_frame(frame: pd.DataFrame, format: str, target: Any) -> None:
         if len(kinds) > 1:  # Parquet columns have one type; a choice may mix numbers and text
             uniform[name] = uniform[name].map(lambda value: None if value is None else str(value))
     uniform.to_parquet(target, index=False)
+
+
+def _no_formula(value: Any) -> Any:
+    """A cell as text for a spreadsheet, too: one that would be run as a formula gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    lines = value.replace("\r\n", "\n").replace("\r", "\n")  # a lone \r is not quoted, and would end the row
+    return f"'{lines}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else lines
 
 
 def document(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from tuner.results.markdown import code, inline
 from tuner.results.ranking import best_trial
 from tuner.results.record import SweepStatus, TrialRecord, outcome_counts
 from tuner.results.text import (
@@ -34,7 +36,7 @@ def markdown_report(
         _summary(spec, status),
         "## Asked\n\n" + _asked(spec, status),
         "## Best\n\n" + _best(spec, status, records),
-        "## Leaderboard\n\n" + _table(leaderboard_columns(spec, status, records)) + "\n\n`*` the best.",
+        "## Leaderboard\n\n" + _leaderboard(spec, status, records) + "\n\n`*` the best.",
         "## What mattered\n\n" + _importances(importances, why_none),
         "## Outcomes\n\n" + _outcomes(records),
     ]
@@ -44,27 +46,27 @@ def markdown_report(
 def _summary(spec: SweepSpec, status: SweepStatus) -> str:
     started = f", started {status.started:%Y-%m-%d %H:%M} UTC" if status.started else ""
     text = f"**{status.status}**{started}, took {duration(status.elapsed_s)}."
-    text += f" {status.message}" if status.message else ""
+    text += f" {inline(status.message)}" if status.message else ""
     promoted = status.promoted or {}
     if promoted.get("version"):
-        text += f"\n\nPromoted as `{promoted['alias']}` {promoted['version']}: `{promoted['path']}`."
+        text += f"\n\nPromoted as `{promoted['alias']}` {promoted['version']}: {code(promoted['path'])}."
     elif promoted.get("refused"):
-        text += "\n\nNot promoted: " + "; ".join(promoted["refused"]) + "."
+        text += "\n\nNot promoted: " + inline("; ".join(promoted["refused"])) + "."
     return text
 
 
 def _asked(spec: SweepSpec, status: SweepStatus) -> str:
     budget = f"{count(status.tokens_per_trial)} tokens" if status.tokens_per_trial else "a budget not yet counted"
     lines = [
-        f"- model: `{spec.model.name}` ({spec.model.dtype}, quantization {spec.model.quantization})",
-        f"- data: `{spec.data.path}`",
-        *(f"  - {line}" for line in data_text(status.data)),
+        f"- model: {code(spec.model.name)} ({spec.model.dtype}, quantization {spec.model.quantization})",
+        f"- data: {code(spec.data.path)}",
+        *(f"  - {inline(line)}" for line in data_text(status.data)),
         f"- objective: {spec.objective.goal} {spec.objective.metric}",
         f"- budget: {spec.budget.trials} trials of {budget}, {spec.budget.evals_per_trial} evaluations each",
         f"- search: {spec.search.sampler}, early stopping {spec.stopping.type}",
         f"- baseline (untuned): {scores_text(status.baseline) or 'not measured'}",
     ]
-    rows = [(f"`{key}`", describe(distribution)) for key, distribution in spec.space.items()]
+    rows = [(code(key), inline(describe(distribution))) for key, distribution in spec.space.items()]
     space = [
         Column("searched", [key for key, _ in rows], right=False),
         Column("range", [text for _, text in rows], right=False),
@@ -82,16 +84,17 @@ def _best(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) 
     lines = [
         f"Trial {record.number}: {scores_text(report.as_dict())}"
         + (f" ({metric} {versus} against the base)." if versus else "."),
-        f"Scored at {count(report.tokens)} tokens, step {report.step}; adapter `{report.adapter_path or 'not kept'}`.",
-        "\n".join(f"- `{key}`: {value}" for key, value in record.point.items()),
+        f"Scored at {count(report.tokens)} tokens, step {report.step}; "
+        f"adapter {code(report.adapter_path or 'not kept')}.",
+        "\n".join(f"- {code(key)}: {inline(value)}" for key, value in record.point.items()),
     ]
     return "\n\n".join(lines)
 
 
 def _importances(importances: dict[str, float], why_none: str | None) -> str:
     if not importances:
-        return f"Nothing to say yet: {why_none}."
-    keys = Column("key", [f"`{key}`" for key in importances], right=False)
+        return f"Nothing to say yet: {inline(why_none)}."
+    keys = Column("key", [code(key) for key in importances], right=False)
     return _table(
         [keys, Column("share of the score's variation", [figure(share, 2) for share in importances.values()])]
     )
@@ -99,14 +102,26 @@ def _importances(importances: dict[str, float], why_none: str | None) -> str:
 
 def _outcomes(records: Sequence[TrialRecord]) -> str:
     counts = ", ".join(f"{number} {outcome}" for outcome, number in outcome_counts(records).items()) or "No trials."
-    reasons = [f"- trial {record.number} {record.outcome}: {ending(record)}" for record in records if ending(record)]
+    reasons = [
+        f"- trial {record.number} {record.outcome}: {inline(ending(record))}" for record in records if ending(record)
+    ]
     return "\n".join([counts, *([""] if reasons else []), *reasons])
 
 
+def _leaderboard(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> str:
+    columns = leaderboard_columns(spec, status, records)
+    return _table(
+        [
+            replace(column, header=inline(column.header), cells=[inline(cell) for cell in column.cells])
+            for column in columns
+        ]
+    )
+
+
 def _table(columns: Sequence[Column]) -> str:
-    """A Markdown table; bars in cells are escaped."""
+    """A table of cells that are Markdown."""
     header = [column.header for column in columns]
     rule = ["---:" if column.right else ":---" for column in columns]
     body = zip(*(column.cells for column in columns), strict=True)
-    lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in body)]
+    lines = [header, rule, *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

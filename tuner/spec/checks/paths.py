@@ -109,6 +109,8 @@ def _check_model(model: ModelSpec) -> list[Problem]:
         return [Problem("model.name", show(model.name), "a folder; a GGUF file in it goes to model.gguf_file")]
     if not (os.path.isabs(folder) and os.path.isdir(folder)):
         return []
+    if (folder / "adapter_config.json").is_file():
+        return [Problem("model.name", f"{show(model.name)}, an adapter", _base_of(folder / "adapter_config.json"))]
     if model.gguf_file is None:
         if (folder / "config.json").is_file():
             return [] if any(folder.glob("*.safetensors")) else [_no_safetensors(model)]
@@ -121,6 +123,16 @@ def _check_model(model: ModelSpec) -> list[Problem]:
     files = sorted(file.name for file in folder.glob("*.gguf"))
     allowed = any_of(files) if files else "a file in the model's folder, which holds no GGUF file"
     return [Problem("model.gguf_file", show(model.gguf_file), allowed, nearest(model.gguf_file, files))]
+
+
+def _base_of(adapter: Path) -> str:
+    """What is allowed instead of an adapter's folder, with the base that it says it was made on."""
+    try:
+        said = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        said = None
+    of = f", such as this one's, {show(said)}" if isinstance(said, str) else ""
+    return f"a whole model: a base{of}, or what merging the adapter into it gives"
 
 
 def _no_safetensors(model: ModelSpec) -> Problem:
