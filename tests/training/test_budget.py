@@ -96,3 +96,20 @@ def test_a_step_larger_than_the_distance_between_evaluations_is_infeasible(tiny_
     trainer = trainer_for(tiny_model_dir, tmp_path, per_device_train_batch_size=16)
     with pytest.raises(InfeasibleError, match=r"one optimizer step trains \d+ tokens, more than the 20"):
         plan_steps(trainer, milestones(200, 10))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("train", "rows"),
+    [
+        ({"per_device_train_batch_size": 24}, "23 rows to train on"),
+        ({"per_device_train_batch_size": 16, "packing": "bfd"}, "rows to train on after packing"),
+        ({"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4}, "23 rows to train on"),
+        ({"per_device_train_batch_size": 24, "train_sampling_strategy": "group_by_length"}, "23 rows to train on"),
+    ],
+    ids=str,
+)
+def test_an_epoch_without_a_batch_is_infeasible(train, rows, tiny_model_dir, tmp_path):
+    trainer = trainer_for(tiny_model_dir, tmp_path, dataloader_drop_last=True, **train)
+    with pytest.raises(InfeasibleError, match=f"an epoch has no batch: there are .*{rows}, a batch takes"):
+        plan_steps(trainer, milestones(200, 2))

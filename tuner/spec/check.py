@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import Problem
+from tuner.spec.checks.batch import check_batch
 from tuner.spec.checks.clashes import check_clashes
 from tuner.spec.checks.data import check_data
 from tuner.spec.checks.fields import check_fields
@@ -52,6 +53,7 @@ CHECKS = (
     check_fields,
     check_space,
     check_plan,
+    check_batch,
     check_clashes,
     check_strategy,
     check_needs,
@@ -59,7 +61,7 @@ CHECKS = (
     check_unread,
 )
 """Each takes a spec of the right shape and returns what is wrong with it."""
-OF_THIS_MACHINE = (check_paths, check_needs)
+OF_THIS_MACHINE = (check_paths, check_batch, check_needs)
 
 
 def _left_out(values: Mapping[str, Any], spec: SweepSpec) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ class StepPlan:
 def plan_steps(trainer: SFTTrainer, milestones: list[int]) -> StepPlan:
     """Find the first step at or past each milestone (token counts, ascending; the last is the budget).
 
-    Raises InfeasibleError when one step trains past two milestones: such a trial could not be compared.
+    Raises InfeasibleError when one step trains past two milestones, since such a trial could not be compared, and when
+    an epoch has no batch.
     """
     evaluations: dict[int, tuple[int, int]] = {}
     pending = list(milestones)
@@ -65,9 +66,23 @@ def _tokens_of_steps(trainer: SFTTrainer) -> Iterator[int]:
     epoch = 0
     while True:
         batches = [sum(lengths[index] for index in batch) for batch in batches_of_epoch(loader, epoch)]
+        if not batches:
+            raise InfeasibleError("budget", _no_batch(trainer))
         steps = [sum(batches[start : start + accumulation]) for start in range(0, len(batches), accumulation)]
         yield from _summed_over_ranks(steps, trainer.args.device)
         epoch += 1
+
+
+def _no_batch(trainer: SFTTrainer) -> str:
+    """Only whole batches are trained, and the rows fill none: the same on every rank."""
+    own: Any = trainer.own_rows if isinstance(trainer, WorkersTrainer) else trainer.train_dataset
+    args: Any = trainer.args
+    size = trainer.batch_of_one if isinstance(trainer, WorkersTrainer) else args.per_device_train_batch_size
+    packed = " after packing" if args.packing else ""
+    return (
+        f"an epoch has no batch: there are {len(own)} rows to train on{packed}, a batch takes {size} "
+        "(train.per_device_train_batch_size), and train.dataloader_drop_last leaves out what fills no batch"
+    )
 
 
 def batches_of_epoch(loader: Any, epoch: int) -> Iterator[list[int]]:

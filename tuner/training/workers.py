@@ -22,7 +22,7 @@ class WorkersTrainer(SFTTrainer):
     def __init__(self, *, train_dataset: Dataset, batch_of_one: int, **arguments: Any):
         """`batch_of_one` is what `per_device_train_batch_size` would be for one worker."""
         self.own_rows = train_dataset
-        self._batch_of_one = batch_of_one
+        self.batch_of_one = batch_of_one
         super().__init__(
             train_dataset=concatenate_datasets([train_dataset, _without_labels(train_dataset)]), **arguments
         )
@@ -33,7 +33,7 @@ class WorkersTrainer(SFTTrainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         share: Any = loader.batch_sampler  # accelerate's: deals whole batches to the workers in turn
-        workers, cut = share.num_processes, self._batch_of_one if self.args.dataloader_drop_last else 1
+        workers, cut = share.num_processes, self.batch_of_one if self.args.dataloader_drop_last else 1
         share.batch_sampler = _WholeTurns(share.batch_sampler, workers, len(self.own_rows), cut)
         return loader
 
