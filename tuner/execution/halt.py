@@ -65,6 +65,12 @@ class Halt:
         self._trial_s += report.duration_s - seconds
         self._spent[number] = report.trained_tokens, report.duration_s
 
+    def end(self, cause: str, reason: str) -> None:
+        """End everything, for a reason found elsewhere."""
+        if self.reason is None:
+            self.cause, self.reason = cause, reason
+            self._display.stage(f"Ending what runs: {reason}")
+
     def stop_all(self) -> bool:
         """Whether everything is to end, and nothing to start any more."""
         if self.reason is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tuner.execution.alike import Alike
 from tuner.execution.endings import tail
 from tuner.execution.events import Display
 from tuner.execution.halt import Halt
@@ -36,6 +37,7 @@ class Trials:
         self._reached: dict[int, int] = {}
         self._over: list[int] = []
         self._failures: dict[int, Ending] = {}
+        self._alike = Alike(store.trials())
         self._kept = set(store.with_adapters())
         for record in store.trials():
             if record.is_over and record.cause == "oom":
@@ -49,7 +51,7 @@ class Trials:
     @property
     def over(self) -> str | None:
         """Why no more are to be asked for, where the budget is not the reason."""
-        return self._search.over
+        return self._alike.said or self._search.over
 
     def ask(self) -> TrialConfig | None:
         """The next trial, which starts now; None when there is none, or none is to start any more."""
@@ -108,7 +110,8 @@ class Trials:
     def ended(self, number: int) -> None:
         """Take the end of a trial's attempt, however it came: it is recorded, or the trial is tried again."""
         config, failure = self._running.pop(number), self._failures.pop(number, None)
-        if self.halt.interrupted and not self._search.is_decided(number):
+        cut_off = self.halt.interrupted or (self._alike.said and failure is None)
+        if cut_off and not self._search.is_decided(number):
             return  # whatever it was: it stays unfinished, for `tuner resume`
         if self.halt.reason and failure is None:
             failure = Ending("STOPPED", self.halt.cause, self.halt.reason)
@@ -117,6 +120,10 @@ class Trials:
             return
         self._store.finish_trial(number, ending.outcome, ending.cause, ending.reason, ending.log_tail)
         self._search.tell(number, ending)
+        others = [self._reached[one] for one in self._running]
+        most = self._store.spec.budget.max_failures
+        if said := self._alike.ended(ending, self._reached[number], others, most):
+            self.halt.end("failed alike", said)
         if ending.cause == "oom":
             self._impossible.ran_out(number, config)
         folder = self._store.folder

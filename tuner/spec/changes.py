@@ -14,7 +14,7 @@ from tuner.spec.load import apply_overrides, dump_spec
 from tuner.spec.sweep import SweepSpec
 from tuner.spec.text import parse_yaml
 
-MAY_GROW = ("budget.trials", "budget.time_limit", "budget.tokens", "budget.gpu_hours", "budget.disk")
+MAY_GROW = tuple(f"budget.{name}" for name in ("trials", "time_limit", "tokens", "gpu_hours", "disk", "max_failures"))
 """The budgets of a whole sweep. They change no trial, so those before and after can be compared."""
 
 

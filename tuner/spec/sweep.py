@@ -113,6 +113,9 @@ class BudgetSpec(Section):
     time_limit: Seconds | None = Field(None, description="Wall time of the sweep; `4h`, `30m` or seconds.")
     tokens: int | None = Field(None, ge=1, description="Trained tokens of all trials together.")
     gpu_hours: float | None = Field(None, gt=0, description="Hours of all trials, each times the GPUs it holds.")
+    max_failures: int = Field(
+        3, ge=1, description="So many trials that fail alike, and no other outcome before, end the search."
+    )
     disk: Bytes | None = Field(None, description="Size of the sweep's folder; `500MB`, `20GB` or bytes.")
 
 
