@@ -578,10 +578,14 @@ def test_a_trial_that_is_over_or_unknown_is_not_asked_for(tmp_path):
 )
 def test_a_command_for_a_cluster_is_said_there_as_it_was_said_here(command, words, monkeypatch):
     said = []
-    monkeypatch.setattr("tuner.execution.jobs.connect", lambda *_: None)
-    monkeypatch.setattr(
-        "tuner.execution.jobs.call", lambda client, address, there, tell: (said.append(there), (0, ""))[1]
-    )
+    monkeypatch.setattr("tuner.execution.dashboard.connect", lambda *_: None)
+
+    @contextmanager
+    def called(there: object, words: list[str], tell: object) -> Iterator[tuple[int, str]]:
+        said.append(words)
+        yield 0, ""
+
+    monkeypatch.setattr("tuner.execution.jobs.called", called)
     CliRunner().invoke(commands.app, [command, "demo", *words, "--address", "http://head:8265"])
     (there,) = said
     assert [word for word in there if word != "--"] == (

@@ -89,14 +89,14 @@ def submit(
     `allow_unauthenticated`, and `TunerError` for what `tuner run` refuses there, or when this sweep runs there already:
     with `join` its job is returned instead.
     """
-    from tuner.execution import jobs
+    from tuner.execution import dashboard, jobs
 
     if not isinstance(spec, SweepSpec):
         spec = _load_spec(spec, overrides, root, elsewhere=True)
     elif overrides:
         raise TunerError("overrides go with a path; this spec is loaded: give them to tuner.load_spec")
-    address = jobs.address_of(address)
-    return jobs.submit_sweep(jobs.connect(address, allow_unauthenticated), address, spec, root, join)
+    there = dashboard.connect(dashboard.address_of(address), allow_unauthenticated)
+    return jobs.submit_sweep(there, spec, root, join)
 
 
 def resume(

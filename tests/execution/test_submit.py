@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,7 +21,7 @@ from real_sweeps import TUNER, write_spec
 
 import tuner
 from tuner.errors import MachineError
-from tuner.execution import jobs
+from tuner.execution import dashboard
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -111,6 +112,12 @@ def test_what_the_cluster_answers_is_what_its_store_holds(cluster, folder, short
     answer = ask(cluster, folder, "show", "short", 7)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr == "tuner: sweep 'short' has no trial 7\n"
+    time.sleep(1.5)  # Ray looks after its jobs once a second
+    listed = [RAY, "job", "list", "--address", cluster.dashboard]
+    jobs = subprocess.run(listed, env=mine(cluster), check=True, capture_output=True, text=True, timeout=100).stdout
+    assert "short-run-" in jobs
+    assert "raysubmit_" not in jobs
+    assert "FAILED" not in jobs
 
 
 FROM_PYTHON = """
@@ -204,7 +211,7 @@ class TakesAnybody(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def open_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(jobs, "_is_loopback", lambda host: False)
+    monkeypatch.setattr(dashboard, "_is_loopback", lambda host: False)
     with HTTPServer(("127.0.0.1", 0), TakesAnybody) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -213,23 +220,23 @@ def open_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_cluster_that_takes_jobs_from_everybody_is_refused_unless_that_is_accepted(open_cluster):
     with pytest.raises(MachineError, match=r"takes jobs from everybody.*--allow-unauthenticated-cluster"):
-        jobs.connect(open_cluster)
-    assert jobs.connect(open_cluster, allow_unauthenticated=True)
+        dashboard.connect(open_cluster)
+    assert dashboard.connect(open_cluster, allow_unauthenticated=True)
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://me:secret@head:8265", "http://"])
 def test_an_address_is_that_of_a_dashboard_without_a_secret_in_it(address):
     with pytest.raises(MachineError, match="the address of a cluster"):
-        jobs.address_of(address)
+        dashboard.address_of(address)
 
 
 def test_what_is_asked_for_comes_before_the_variables_of_ray(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://theirs:8265")
-    assert jobs.address_of("http://mine:8265/") == "http://mine:8265"
-    assert jobs.address_of(None) == "http://theirs:8265"
+    assert dashboard.address_of("http://mine:8265/") == "http://mine:8265"
+    assert dashboard.address_of(None) == "http://theirs:8265"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(MachineError, match="no cluster is named"):
-        jobs.address_of(None)
+        dashboard.address_of(None)
 
 
 @pytest.mark.parametrize(
@@ -237,4 +244,4 @@ def test_what_is_asked_for_comes_before_the_variables_of_ray(monkeypatch):
     [("localhost", True), ("127.8.0.1", True), ("::1", True), ("10.0.0.1", False), ("head", False)],
 )
 def test_this_machine_is_known_by_its_addresses(host, loopback):
-    assert jobs._is_loopback(host) is loopback
+    assert dashboard._is_loopback(host) is loopback

@@ -56,14 +56,14 @@ def anywhere(command: Callable[..., None]) -> Callable[..., None]:
             if asker.address:
                 ctx.with_resource(stdout_as_one_line())
             return command(**given)
-        from tuner.execution import jobs
+        from tuner.execution import dashboard, jobs
 
-        address = jobs.address_of(address)
-        client = jobs.connect(address, allow_unauthenticated_cluster)
+        there = dashboard.connect(dashboard.address_of(address), allow_unauthenticated_cluster)
         words = [str(ctx.info_name), *_words(ctx, given)]
-        code, stdout = jobs.call(client, address, words, lambda line: say(line, err=True))
         output: Path | None = given.get("output")
-        deliver(stdout, output if code == 0 else None)
+        with jobs.called(there, words, lambda line: say(line, err=True)) as (code, stdout):
+            deliver(stdout, output if code == 0 else None)
+            sys.stdout.flush()
         raise typer.Exit(code)
 
     signature = inspect.signature(command, eval_str=True)
@@ -96,7 +96,7 @@ def _words(ctx: typer.Context, given: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def stdout_as_one_line() -> Iterator[None]:
-    """Keep what this process prints on stdout, and print it at the end as the line that `jobs.call` waits for.
+    """Keep what this process prints on stdout, and print it at the end as the line that `jobs.called` waits for.
 
     A job has one log for both streams, and not only tuner writes there.
     """

@@ -169,11 +169,10 @@ def resume(
     from tuner.cli.live import watching
 
     if address:
-        from tuner.execution import jobs
+        from tuner.execution import dashboard, jobs
 
-        address = jobs.address_of(address)
-        client = jobs.connect(address, allow_unauthenticated_cluster)
-        job = jobs.resume_sweep(client, address, name, set_ or [], root, join=follow)
+        there = dashboard.connect(dashboard.address_of(address), allow_unauthenticated_cluster)
+        job = jobs.resume_sweep(there, name, set_ or [], root, join=follow)
         raise typer.Exit(_print_job(job, follow))
     if follow or allow_unauthenticated_cluster:
         raise typer.BadParameter("--follow and --allow-unauthenticated-cluster go with --address")

@@ -19,6 +19,7 @@ from tuner.promotion.registry import Version, current, next_version, publish, st
 from tuner.spec.layout import Root, SweepFolder, refuse_full_disk
 from tuner.spec.sweep import GOAL_OF_METRIC, PromotionSpec, SweepSpec
 from tuner.spec.trial import Report
+from tuner.training.hub import refuse_silent_hub
 
 SAMPLES = 2
 
@@ -278,6 +279,7 @@ def _push(version: Version, repository: str, progress: Progress) -> str:
     title = f"{version.alias} {version.name}"
     folder = version.root.fetch(version.path)
     try:
+        refuse_silent_hub()
         api.create_repo(repository, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=title))
     except Exception as error:  # the hub's client has one for each of its ways to fail, and its HTTP client others

@@ -29,6 +29,8 @@ BUSY_TIMEOUT_S = 60
 AWAY_S = 300.0
 """How long a database may be away in the middle of a sweep, as a server is that is started again."""
 _LOOK_S = 0.5
+_LINK = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "tcp_user_timeout": 60_000}
+"""Of libpq: seconds, but for the last; how soon a server counts as away that does not answer, or is cut off."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -126,6 +128,8 @@ def engine_options(url: sa.URL, durable: bool = True) -> dict[str, Any]:
     """For `create_engine`. A commit to SQLite that is not durable outlives this process, whatever kills it; a power cut
     it outlives as soon as a durable one has followed, by whatever connection.
     """
+    if url.get_driver_name().startswith("psycopg"):
+        return {"pool_pre_ping": True, "connect_args": {name: _LINK[name] for name in _LINK if name not in url.query}}
     if url.get_backend_name() != "sqlite":
         return {"pool_pre_ping": True}
     options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}}

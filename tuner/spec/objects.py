@@ -14,19 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import TunerError
+from tuner.errors import MachineError
 
 _LAST = ("manifest.json", "report.json", "adapter_config.json", "config.json", "state.json")
 """Of a promoted model, a trainer's checkpoint, an adapter, a whole model, an evaluation set."""
 _PART = ".part"
 _PATIENCE = timedelta(seconds=60)
+_ANSWER = timedelta(seconds=30)
+"""How long one request may take to its last byte; a large file is put in several."""
 
 
 class Objects:
     """The objects below one URL, such as s3://bucket/runs. A key is a path below it; to a folder, each file is one.
 
-    Region, endpoint and credentials are those of the AWS_ variables, or of the machine's own role. Raises TunerError
-    where the store does not answer, or refuses.
+    Region, endpoint and credentials are those of the AWS_ variables, or of the machine's own role. Raises MachineError
+    where the store does not answer within a minute, or refuses.
     """
 
     def __init__(self, url: str):
@@ -35,7 +37,9 @@ class Objects:
         self._url, self._api = url, obstore
         with self._in_words():
             self._store: Any = obstore.store.from_url(
-                url, client_options={"allow_http": True}, retry_config={"max_retries": 5, "retry_timeout": _PATIENCE}
+                url,
+                client_options={"allow_http": True, "timeout": _ANSWER},
+                retry_config={"max_retries": 5, "retry_timeout": _PATIENCE},
             )
 
     def exists(self, key: str) -> bool:
@@ -118,7 +122,7 @@ class Objects:
         except AlreadyExistsError:
             raise FileExistsError(self._url) from None
         except BaseError as error:
-            raise TunerError(f"{self._url}: {str(error).splitlines()[0]}") from error
+            raise MachineError(f"{self._url}: {str(error).splitlines()[0]}") from error
 
 
 @cache

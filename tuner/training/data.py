@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tuner.errors import DataError
+from tuner.training.hub import refuse_silent_hub
 
 if TYPE_CHECKING:
     import datasets
@@ -261,6 +262,7 @@ def _batches_of_saved(path: Path, split: str) -> Iterator[dict[str, list[Any]]]:
 def _hub_builder(path: str, data: Mapping[str, Any]) -> datasets.DatasetBuilder:
     if Path(path).is_absolute() or Path(path).suffix.lower() in FILE_FORMATS or not _HUB_ID.fullmatch(path):
         raise DataError(f"{path}: no such file or folder")
+    refuse_silent_hub()
     import datasets
 
     try:

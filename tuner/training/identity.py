@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner.errors import TunerError
 from tuner.spec.sweep import SweepSpec
+from tuner.training.hub import refuse_silent_hub
 
 PACKAGE_SCHEME = "package:"
 _LOADED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
@@ -35,13 +36,14 @@ def place_of_base(name: str) -> str:
 def with_commit(spec: SweepSpec) -> SweepSpec:
     """The spec with the commit that `model.revision` stands for now, so that no trial trains on a later one.
 
-    What the hub does not answer, its cache does. Raises TunerError where neither knows the model.
+    Where there is no hub its cache answers. Raises TunerError where neither knows the model, or the hub is silent.
     """
     model = spec.model
     if os.path.isabs(place_of_base(model.name)) or re.fullmatch("[0-9a-f]{40}", model.revision):
         return spec
     from huggingface_hub import hf_hub_download
 
+    refuse_silent_hub()
     try:
         config = hf_hub_download(model.name, "config.json", revision=model.revision)
     except Exception as error:  # the border to a network: whatever it is, the model cannot be had

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tuner.errors import TunerError, is_out_of_memory
 from tuner.training.cache import make_once
+from tuner.training.hub import refuse_silent_hub
 from tuner.training.identity import place_of_base, sha256
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def pretrained_source(model: dict[str, Any], cache: Path) -> tuple[str, dict[str
         return str(_converted_gguf(name, model, cache)), {}
     if Path(name).is_dir():
         return name, {"trust_remote_code": model["trust_remote_code"]}
+    refuse_silent_hub()
     return name, {"revision": model["revision"], "trust_remote_code": model["trust_remote_code"]}
 
 
