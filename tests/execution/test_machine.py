@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
+from silent import silent
 
 from tuner.errors import MachineError
 from tuner.execution import machine
-from tuner.execution.machine import AHEAD, Placement, address_for_every_node, place, refuse_what_would_hang
+from tuner.execution.machine import (
+    AHEAD,
+    Placement,
+    address_for_every_node,
+    place,
+    refuse_silence,
+    refuse_what_would_hang,
+)
 from tuner.spec.sweep import SweepSpec
 
 
@@ -104,7 +110,6 @@ def test_a_cluster_that_may_grow_is_waited_for():
         ("local", {"10.0.0.1:6379"}, r"runs on this host already, at 10.0.0.1:6379.*RAY_ADDRESS=auto"),
         ("auto", {"10.0.0.1:6379", "10.0.0.1:7000"}, "2 Ray clusters run on this host"),
         ("auto", set(), "no Ray cluster runs on this host"),
-        ("127.0.0.1:1", set(), "127.0.0.1:1, but no Ray cluster answers there"),
         ("ray://127.0.0.1:1", set(), "'ray://127.0.0.1:1'; allowed: auto, local, HOST:PORT"),
         ("head-node", set(), "'head-node'; allowed: auto, local, HOST:PORT"),
     ],
@@ -133,9 +138,16 @@ def test_workers_on_other_nodes_get_an_address_that_leads_to_the_head(address, r
     assert address_for_every_node(address, running) == expected
 
 
-def test_a_cluster_elsewhere_is_fine_when_somebody_answers():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        refuse_what_would_hang(f"127.0.0.1:{server.getsockname()[1]}", [])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "127.0.0.1:1" + "0" * 99])
+def test_a_cluster_that_is_gone_is_refused(address):
+    with pytest.raises(MachineError, match=f"{address}, but no Ray cluster answers there"):
+        refuse_silence(address)
+
+
+def test_a_head_that_takes_a_connection_and_never_answers_is_refused(monkeypatch):
+    monkeypatch.setattr(machine, "_GCS_S", 1.0)
+    with silent() as port, pytest.raises(MachineError, match=f":{port}, but no Ray cluster answers there"):
+        refuse_silence(f"127.0.0.1:{port}")
 
 
 def test_an_installation_without_the_dashboard_is_refused(monkeypatch):

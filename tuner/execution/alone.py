@@ -93,12 +93,14 @@ def _train(pipe: Connection, spec: dict[str, Any], threads: int) -> None:
     """The process: `run_trial`, which after each report waits until it is asked for the next."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+    from tqdm import tqdm
 
     from tuner.training.baseline import Preparation
     from tuner.training.room import keep_to_room
     from tuner.training.trial import run_trial
 
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which stays when this process is killed
     asked = SweepSpec.model_validate(spec)
     folder = SweepFolder.of(asked)
     config, facts = pipe.recv()

@@ -8,16 +8,25 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._private.services import find_gcs_addresses
 from ray._private.state import available_resources_per_node
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made by Cython
+from ray.exceptions import AuthenticationError, RpcError
 
 from tuner.errors import MachineError
+from tuner.execution.session import free_port, remove_dead_sessions, removed_afterwards, short_folder
 from tuner.spec.checks.needs import why_gpu
+from tuner.spec.in_time import in_time
 from tuner.spec.sweep import SweepSpec
 
 # Read by Ray when it is imported or started, here and in every process it starts.
@@ -39,6 +48,8 @@ _SETTINGS = {
 AHEAD = 8
 """Trials to ask a cluster for beyond what fits, where nodes may join."""
 
+_GCS_S = 20.0
+"""How long a cluster's head may take to let us in."""
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 # Where Ray's State API is, for the process that frees the workers of stopped trials. Left to itself it follows the
@@ -54,31 +65,64 @@ def ray_cluster(dashboard: bool = True) -> Iterator[list[Mapping[str, float]]]:
     MachineError where there is no cluster to connect to, and where Ray would later hang without a word: that dashboard
     is not there, or a second cluster is on this host.
     """
-    ours = not ray.is_initialized()
-    try:
-        context = _connect(dashboard) if ours else ray.init(ignore_reinit_error=True)
-        if dashboard and not context.dashboard_url:
-            raise MachineError("the Ray cluster runs no dashboard, which stopped trials need to free their workers")
-        yield live_nodes()
-    finally:
-        if ours:
-            ray.shutdown()
-            os.environ.pop(_STATE_API, None)
-
-
-def _connect(dashboard: bool) -> Any:
+    if ray.is_initialized():
+        yield _usable(ray.init(ignore_reinit_error=True), dashboard)
+        return
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     address, running = os.environ.get("RAY_ADDRESS") or "local", clusters_on_this_host()
     refuse_what_would_hang(address, running)
-    if address == "local":
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+    with _started(dashboard) if address == "local" else _joined(address, running) as context:
+        yield _usable(context, dashboard)
+
+
+def _usable(context: Any, dashboard: bool) -> list[Mapping[str, float]]:
+    if dashboard and not context.dashboard_url:
+        raise MachineError("the Ray cluster runs no dashboard, which stopped trials need to free their workers")
+    return live_nodes()
+
+
+@contextmanager
+def _started(dashboard: bool) -> Iterator[Any]:
+    with short_folder(), ExitStack() as afterwards:
+        remove_dead_sessions()
+        port = free_port()
         os.environ[_STATE_API] = f"http://127.0.0.1:{port}"
-        return ray.init("local", dashboard_port=port, include_dashboard=dashboard, **_QUIET)
+        afterwards.callback(os.environ.pop, _STATE_API, None)
+        context = _init("local", dashboard_port=port, include_dashboard=dashboard)
+        afterwards.enter_context(removed_afterwards(Path(context.address_info["session_dir"])))
+        afterwards.callback(ray.shutdown)
+        yield context
+
+
+@contextmanager
+def _joined(address: str, running: Collection[str]) -> Iterator[Any]:
     address = address_for_every_node(address, running)
+    if address in running:
+        _take_this_machine_s_token()
+    refuse_silence(address)
     environment = {**_SETTINGS, "RAY_ADDRESS": address}  # what runs already has an environment of its own
-    return ray.init(address, runtime_env={"env_vars": environment}, **_QUIET)
+    context = _init(address, runtime_env={"env_vars": environment})
+    try:
+        yield context
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str, **options: Any) -> Any:
+    try:  # the border to Ray, which has an error of its own for each of its steps
+        return ray.init(address, **options, **_QUIET)
+    except Exception as error:
+        ray.shutdown()
+        what = "Ray cannot be started here" if address == "local" else f"the Ray cluster at {address} cannot be joined"
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MachineError(f"{what}: {said}") from error
+
+
+def _take_this_machine_s_token() -> None:
+    """Join a cluster here as Ray does when it looks for one: with the token that Ray wrote down here, if any."""
+    logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def clusters_on_this_host() -> set[str]:
@@ -110,19 +154,29 @@ def refuse_what_would_hang(address: str, running: Collection[str]) -> None:
         raise MachineError(f"{len(running)} Ray clusters run on this host and block each other: {there}")
     if address == "auto" and not running:
         raise MachineError("RAY_ADDRESS is auto, but no Ray cluster runs on this host")
-    if address not in ("local", "auto"):
-        _refuse_silence(address)
-
-
-def _refuse_silence(address: str) -> None:
-    """Ray itself tries for minutes to reach a cluster that is gone."""
     host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal()) or "/" in host:
+    if address not in ("local", "auto") and (not (host and port.isdecimal()) or "/" in host):
         raise MachineError(f"RAY_ADDRESS is {address!r}; allowed: auto, local, HOST:PORT")
+
+
+def refuse_silence(address: str) -> None:
+    """Raise MachineError where no Ray cluster answers, or it does not let us in: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    gone = f"RAY_ADDRESS is {address}, but no Ray cluster answers there"
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise MachineError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from None
+    except (OSError, OverflowError) as error:
+        raise MachineError(f"{gone}: {error}") from None
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)  # or the client below ends this process
+        in_time(_GCS_S, "it", lambda: GcsClient(address=address).internal_kv_get(b"", namespace=b"tuner", timeout=5))
+    except AuthenticationError:
+        raise MachineError(
+            f"the Ray cluster at {address} demands its token: "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as on the cluster"
+        ) from None
+    except (MachineError, RpcError) as error:
+        raise MachineError(f"{gone}: {str(error).splitlines()[0]}") from None
 
 
 def others_use_it() -> bool:
