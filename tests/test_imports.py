@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -61,3 +62,17 @@ def test_every_public_name_can_be_reached():
 def test_a_name_that_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         tuner.nothing_of_that_name  # noqa: B018
+
+
+def test_every_process_that_imports_tuner_waits_without_spinning():
+    """Threads of OpenMP that spin take five times as long where another program uses a core."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    program = "import tuner, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["PASSIVE", "False"]
+
+
+def test_workers_of_a_cluster_that_runs_already_are_told_so_too():
+    from tuner.execution.machine import _SETTINGS
+
+    assert _SETTINGS["OMP_WAIT_POLICY"] == "PASSIVE"

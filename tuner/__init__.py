@@ -11,8 +11,12 @@ Public names are imported when they are first used: `import tuner` loads no heav
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Every process of ours imports this before torch, or inherits it: threads that wait leave the cores to other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from tuner.api import Sweep, load_spec, open, resume, run, submit, sweeps, worst_case

@@ -273,7 +273,7 @@ DEFENCES = (
         "a reader that holds up no writer",
         "test_database.py",
         "200",
-        (("results/store.py", "PRAGMA journal_mode=WAL", "PRAGMA journal_mode=DELETE"), PERSISTENCE, PATIENCE),
+        (("results/database.py", "PRAGMA journal_mode=WAL", "PRAGMA journal_mode=DELETE"), PERSISTENCE, PATIENCE),
     ),
 )
 

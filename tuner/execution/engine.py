@@ -122,7 +122,6 @@ class EngineActor:
 
     def __init__(self, spec: dict[str, Any], threads: int, load: bool):
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for the next joint step leave the cores to others
         self._spec = SweepSpec.model_validate(spec)
         self._folder = SweepFolder.of(self._spec)
         if self._folder.path.exists():  # at its first start it may be here before the sweep's folder is

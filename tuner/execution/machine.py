@@ -31,6 +31,7 @@ from tuner.spec.sweep import SweepSpec
 
 # Read by Ray when it is imported or started, here and in every process it starts.
 _SETTINGS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # as in tuner/__init__.py, for workers of a cluster that runs already
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # each start and report of a trial waits for a poll; the default is 2 s
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for every trial, and what it would say is no retry here
     "RAY_TRAIN_METRICS_ENABLED": "0",
