@@ -117,6 +117,8 @@ BAD_SPECS = [
     ("train.optim=lomo", "train.optim: got 'lomo'; allowed: a package that is installed (pip install lomo-optim)"),
     ("train.optim=adamw_torch_8bit", "train.optim: got 'adamw_torch_8bit'; allowed: a package that is installed (pip install torchao)"),
     ("train.optim=stable_adamw", "train.optim: got 'stable_adamw'; allowed: a package that is installed (pip install torch-optimi)"),
+    ("data.formatter=subprocess:check_output", "data.formatter: got 'subprocess:check_output'; allowed: a module of your own: it is run on every row"),
+    ("data.formatter=os.path:basename", "data.formatter: got 'os.path:basename'; allowed: a module of your own: it is run on every row"),
     ("train.use_liger_kernel=true resources.gpus_per_worker=1", "train.use_liger_kernel: got true; allowed: a package that is installed (pip install liger-kernel)"),
     ("train.use_liger_kernel=true train.liger_kernel_config={fused_linear_cross_entropy: true} resources.gpus_per_worker=1", "train.liger_kernel_config.fused_linear_cross_entropy: got true; allowed: false or nothing: TRL fuses the head in its own way | train.use_liger_kernel: got true; allowed: a package that is installed (pip install liger-kernel)"),
     ("model.attn_implementation=flash_attention_2 resources.gpus_per_worker=1", "model.attn_implementation: got 'flash_attention_2'; allowed: a package that is installed (pip install flash-attn or pip install kernels)"),

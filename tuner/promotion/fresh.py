@@ -71,7 +71,7 @@ def run_fresh(job: MergeJob, working: Path, log: Path, progress: Progress) -> di
     """
     job_file, result_file = working / "job.json", working / "result.json"
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    command = [sys.executable, "-m", "tuner.promotion.merge", str(job_file), str(result_file)]
+    command = [sys.executable, "-P", "-m", "tuner.promotion.merge", str(job_file), str(result_file)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import string
+import sys
 from pathlib import Path
 
 from tuner.errors import Problem
@@ -26,6 +27,8 @@ def check_data(spec: SweepSpec) -> list[Problem]:
         found.append(Problem(given[-1], f"{given[-1]} beside {given[0]}", "one of columns, template and formatter"))
     if data.formatter is not None and not _FORMATTER.fullmatch(data.formatter):
         found.append(Problem("data.formatter", show(data.formatter), "module:function, such as mine.rows:to_chat"))
+    elif data.formatter is not None and data.formatter.partition(".")[0].partition(":")[0] in sys.stdlib_module_names:
+        found.append(Problem("data.formatter", show(data.formatter), "a module of your own: it is run on every row"))
     if data.template is not None and (problem := _wrong_template(data.template)):
         found.append(Problem("data.template", show(data.template), problem))
     return found
