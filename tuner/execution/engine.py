@@ -160,7 +160,8 @@ class EngineActor:
 
     def _measure(self, sweep: Preparation) -> Score | None:
         """None of a base that no process is to hold alone: a trial's workers score it."""
-        from tuner.training.baseline import score_base
+        from tuner.training.baseline import eval_set, score_base
+        from tuner.training.evaluation import refuse_other_head
 
         if self._base is None:
             return None
@@ -168,6 +169,7 @@ class EngineActor:
         self._events.put(("Measuring the base", 0, 0))
         if why_not_shared(self._spec) or self._why_not_joint:
             return score_base(self._spec, base, sweep)
+        refuse_other_head(base, eval_set(self._spec, sweep))  # for trials that train apart
         return self._serving(sweep.as_dict()).score_base()
 
     @ray.method(max_task_retries=0)

@@ -32,7 +32,7 @@ from tuner.promotion.samples import generate, pick_prompts, prompt_text
 from tuner.spec.layout import refuse_full_disk
 from tuner.spec.sweep import SweepSpec
 from tuner.training.baseline import whole_eval_set
-from tuner.training.evaluation import score
+from tuner.training.evaluation import refuse_other_head, score
 from tuner.training.identity import changes_of_base, identify
 from tuner.training.model import load_model, load_tokenizer, load_whole, pretrained_source
 from tuner.training.tokens import configure_tokenizer
@@ -88,6 +88,7 @@ def run(job: MergeJob, progress: Progress) -> dict[str, Any]:
         gc.collect()
         progress("measuring the merged model")
         merged = load_saved(output, job.config["model"])
+        refuse_other_head(merged, rows)
         scored = score(merged, rows, job.eval_batch_size).as_dict()
         lost = lost_by_merging(scored[job.metric], job.trial_score, job.goal)
         if lost <= job.max_regression:

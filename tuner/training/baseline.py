@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from filelock import FileLock
 
 from tuner.errors import DataError, Problem, SpecError, TunerError
@@ -18,7 +18,7 @@ from tuner.spec.layout import Root, SweepFolder
 from tuner.spec.sweep import SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
 from tuner.training.eval_set import damage_of, keep_eval_set
-from tuner.training.evaluation import Score, score
+from tuner.training.evaluation import Score, refuse_other_head, score
 from tuner.training.identity import changes_of_base, identify
 from tuner.training.model import load_model, load_tokenizer
 
@@ -95,8 +95,14 @@ def load_base(spec: SweepSpec) -> PreTrainedModel:
 
 def score_base(spec: SweepSpec, base: PreTrainedModel, sweep: Preparation) -> Score:
     """The untuned base's score on the sweep's evaluation set."""
-    rows = load_from_disk(str(whole_eval_set(spec, sweep.data["fingerprints"]["eval"])))
+    rows = eval_set(spec, sweep)
+    refuse_other_head(base, rows)
     return score(base, rows, spec.train.get("per_device_eval_batch_size", 8))
+
+
+def eval_set(spec: SweepSpec, sweep: Preparation) -> Dataset:
+    """The rows of the sweep's evaluation set: `input_ids` and `labels`."""
+    return load_from_disk(str(whole_eval_set(spec, sweep.data["fingerprints"]["eval"])))
 
 
 def whole_eval_set(spec: SweepSpec, fingerprint: str) -> Path:

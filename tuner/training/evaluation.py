@@ -17,11 +17,13 @@ import torch.distributed as dist
 from bitsandbytes.nn import Linear4bit
 from trl.trainer.utils import add_fused_lm_head
 
+from tuner.errors import TunerError
 from tuner.training.watchdog import unwatched
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 
@@ -81,6 +83,30 @@ def score(
         dist.all_reduce(sums)
     nll_sum, correct, tokens = sums.tolist()
     return Score(nll_sum, int(correct), int(tokens))
+
+
+def refuse_other_head(model: PreTrainedModel, rows: Dataset) -> None:
+    """Raise TunerError where a score is not that of the model's own logits.
+
+    TRL's fused head, which trials are trained and scored with, is one matrix behind the last hidden state. A model may
+    have more between them. One row, of at most 64 tokens, is computed both ways.
+    """
+    ids = min(rows["input_ids"], key=lambda row: abs(len(row) - 64))[:64]
+    device, dtype = next(model.parameters()).device, _compute_dtype(model)
+    inputs = torch.tensor([ids], device=device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), eval_mode(model), autocast:
+        logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
+        with _fused_lm_head(model):
+            fused = model(input_ids=inputs, labels=inputs, fused_lm_head=True).log_probs.double().sum().item()
+    plain = logits.log_softmax(-1).gather(1, inputs[0, 1:, None]).double().sum().item()
+    by_head, by_logits = (-sum_ / max(len(ids) - 1, 1) for sum_ in (fused, plain))
+    if not abs(by_head - by_logits) <= (1e-3 if dtype == torch.float32 else 0.1):
+        raise TunerError(
+            f"model.name: a row of this base has an eval_loss of {by_head:.4f} by its head's weight, with which TRL trains "
+            f"and scores, and of {by_logits:.4f} by its own logits: its head is more than one matrix, and no trial could "
+            "be right"
+        )
 
 
 @contextmanager
