@@ -42,12 +42,13 @@ def spec_for(tiny_model_dir: Path, folder: Path) -> SweepSpec:
                 "per_device_train_batch_size": 4,
                 "gradient_checkpointing": False,
                 "lr_scheduler_type": "constant",
-                "optim_target_modules": ["no_such_module"],
+                "optim_target_modules": "all-linear",
+                "optim_args": "rank=four",
             },
             "lora": {"r": 16},
             "space": {
                 "train.learning_rate": {"type": "choice", "values": [GOOD, BAD, DIVERGING]},
-                # the second finds none of its modules, which only the trainer finds out
+                # the second reads its rank as a number, which only the trainer finds out
                 "train.optim": {"type": "choice", "values": ["adamw_torch", "galore_adamw"]},
                 "train.packing": {"type": "choice", "values": ["none", "bfd"]},
             },
@@ -115,7 +116,7 @@ def test_every_trial_ends_with_the_outcome_it_deserves(finished):
 def test_a_failed_trial_keeps_its_reason_and_its_log(finished):
     failed = finished[0].trial(3)
     assert failed.reason is not None
-    assert "no_such_module" in failed.reason
+    assert "'four'" in failed.reason
     assert failed.log_tail is not None
     assert "Traceback" in failed.log_tail
 

@@ -21,6 +21,7 @@ from tuner.training.eval_set import damage_of, keep_eval_set
 from tuner.training.evaluation import Score, refuse_other_head, score
 from tuner.training.identity import changes_of_base, identify
 from tuner.training.model import load_model, load_tokenizer
+from tuner.training.structure import refuse_other_rows, refuse_other_structure, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,13 +73,17 @@ def prepare_sweep(
     progress("Loading the tokenizer", 0, 0)
     model = spec.model.model_dump()
     tokenizer = load_tokenizer(model, root.cache)
-    prepared = prepare_rows(spec, spec.train, tokenizer, progress)
     if known is not None:
+        prepared = prepare_rows(spec, spec.train, tokenizer, progress)
         refuse_changed_data(spec, prepared, known)
         if changes := changes_of_base(model, identify(model), known.data["base"]):
             raise TunerError(changes[0])
         whole_eval_set(spec, known.data["fingerprints"]["eval"])
         return known
+    base = structure_of(spec, root.cache)
+    refuse_other_structure(spec, base)
+    prepared = prepare_rows(spec, spec.train, tokenizer, progress)
+    refuse_other_rows(spec, base, (prepared.train, prepared.eval), tokenizer.pad_token_id)
     summary = prepared.summary | {"base": identify(model)}
     sweep = Preparation(tokens_per_trial(spec, summary), summary, {})
     keep_eval_set(SweepFolder.of(spec), prepared.eval)

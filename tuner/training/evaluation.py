@@ -103,9 +103,9 @@ def refuse_other_head(model: PreTrainedModel, rows: Dataset) -> None:
     by_head, by_logits = (-sum_ / max(len(ids) - 1, 1) for sum_ in (fused, plain))
     if not abs(by_head - by_logits) <= (1e-3 if dtype == torch.float32 else 0.1):
         raise TunerError(
-            f"model.name: a row of this base has an eval_loss of {by_head:.4f} by its head's weight, with which TRL trains "
-            f"and scores, and of {by_logits:.4f} by its own logits: its head is more than one matrix, and no trial could "
-            "be right"
+            f"model.name: a row of this base has an eval_loss of {by_head:.4f} by its head's weight, with which TRL "
+            f"trains and scores, and of {by_logits:.4f} by its own logits: its head is more than one matrix, and no "
+            "trial could be right"
         )
 
 
