@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tuner.promotion.merge import load_saved, merge
+from tuner.promotion.merge import dequantized, load_saved, merge
 from tuner.promotion.samples import pick_prompts, prompt_text
 from tuner.spec.sweep import ModelSpec
 from tuner.training.model import load_model
@@ -75,7 +75,7 @@ def test_merging_into_the_dequantised_base_is_closer_to_what_was_trained(
     for into, loaded in (("dequantized", model), ("original", {**model, "quantization": "none"})):
         base = load_model(loaded, tmp_path)
         if into == "dequantized":
-            base = base.dequantize(torch.bfloat16)
+            base = dequantized(base, torch.bfloat16)
         merge(base, adapter, torch.float32).save_pretrained(tmp_path / into)
         saved[into] = logits(load_saved(tmp_path / into, model))
         assert "quantization_config" not in (tmp_path / into / "config.json").read_text()
@@ -108,3 +108,22 @@ def test_a_prompt_is_shown_as_it_was_asked(tiny_model_dir: Path):
     chat = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert prompt_text(tokenizer, chat) == "user of what?\nTell me."
     assert prompt_text(tokenizer, tokenizer("Add 2 and 3.")["input_ids"]) == "Add 2 and 3."
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_that_is_stored_quantised_is_loaded_merged_and_saved_as_one_that_is_quantised_when_loaded(
+    make_adapter, tiny_model_dir, tmp_path, quantization
+):
+    fresh = ModelSpec(name=str(tiny_model_dir), dtype="bfloat16", quantization=quantization).model_dump()
+    stored = {**fresh, "name": str(tmp_path / "stored")}
+    load_model(fresh, tmp_path).save_pretrained(tmp_path / "stored")
+    adapter, found = make_adapter(size=0.05), {}
+    for name, model in (("fresh", fresh), ("stored", stored)):
+        trained = logits(PeftModel.from_pretrained(load_model(model, tmp_path), adapter))
+        merge(dequantized(load_model(model, tmp_path), torch.bfloat16), adapter, torch.float32).save_pretrained(
+            tmp_path / name / "merged"
+        )
+        assert "quantization_config" not in (tmp_path / name / "merged" / "config.json").read_text()
+        found[name] = trained, logits(load_saved(tmp_path / name / "merged", model))
+    for one, other in zip(found["fresh"], found["stored"], strict=True):
+        assert torch.equal(one, other)

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_trial import spec_for
 from transformers import AutoModelForCausalLM
 
 from tuner.errors import TunerError
 from tuner.spec.sweep import ModelSpec
+from tuner.training.baseline import prepare_sweep
 from tuner.training.model import load_model
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -62,6 +64,39 @@ def test_a_base_whose_files_do_not_fit_it_is_refused(
     folder = changed(tiny_model_dir, tmp_path / "base", change, **config)
     with pytest.raises(TunerError, match=rf"model\.name: .* does not fit its files: {said}"):
         load(folder, tmp_path, quantization)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "change", "said"),
+    [
+        ("nf4", ".nested_absmax", None, rf"does not fit its files: 1 weights are missing \({UP}\.nested_absmax\)"),
+        ("nf4", "", lambda bytes: bytes[:-1], rf"1 have another shape \({UP} is 4095 x 2, not 128 x 64\)"),
+        ("nf4", ".absmax", None, "cannot be loaded"),
+        ("int8", "", lambda rows: rows[:-1], rf"1 have another shape \({UP} is 127 x 64, not 128 x 64\)"),
+    ],
+    ids=["nested scales", "bytes", "scales", "rows"],
+)
+def test_a_quantised_base_whose_files_do_not_fit_it_is_refused(
+    kind, part, change, said, tiny_model_dir: Path, tmp_path: Path
+):
+    load(tiny_model_dir, tmp_path, kind).save_pretrained(tmp_path / "whole")
+
+    def damage(tensors: Tensors) -> None:
+        tensor = tensors.pop(UP + part)
+        if change is not None:
+            tensors[UP + part] = change(tensor).contiguous()
+
+    folder = changed(tmp_path / "whole", tmp_path / "broken", damage)
+    assert load(tmp_path / "whole", tmp_path, kind) is not None
+    with pytest.raises(TunerError, match=said):
+        load(folder, tmp_path, kind)
+
+
+def test_what_zero3_would_hide_is_found_in_preparation(tiny_model_dir: Path, tmp_path: Path):
+    base = changed(tiny_model_dir, tmp_path / "base", lambda tensors: None, num_hidden_layers=1)
+    spec = spec_for(base, tmp_path, resources={"strategy": "zero3", "workers_per_trial": 2})
+    with pytest.raises(TunerError, match="9 belong to no part of the model"):
+        prepare_sweep(spec, lambda *event: None, measure=lambda sweep: None)  # which leaves that to the workers
 
 
 def test_an_index_that_leaves_a_tensor_out_is_refused(tiny_model_dir: Path, tmp_path: Path):

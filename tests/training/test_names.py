@@ -19,6 +19,7 @@ from tuner.spec.sweep import SweepSpec
 from tuner.training.baseline import prepare_sweep
 from tuner.training.names import unmatched_names
 from tuner.training.sizes import rows_that_do_not_fit
+from tuner.training.structure import Structure, refuse_other_structure
 
 RATE = {"train.learning_rate": {"type": "log_uniform", "low": 1e-5, "high": 1e-3}}
 MATCH = "allowed: names that match something in the base"
@@ -142,3 +143,13 @@ def test_tokenised_rows_that_do_not_fit_are_refused_with_both_numbers(odd, key, 
     [problem] = caught.value.problems
     assert (problem.key, "got rows with the token id 40" in str(problem)) == (key, key == "data.path")
     assert key == "data.path" or "a row of 65 tokens; allowed: at most 64" in str(problem)
+
+
+def test_a_quantised_base_from_the_hub_is_refused_by_its_config_in_preparation(tiny_model_dir: Path):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    base = Structure(config, without_weights(config))
+    refuse_other_structure(spec_of({}), base)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(SpecError, match=r"model\.name: got 'org/base', whose config\.json says gptq"):
+        refuse_other_structure(spec_of({}), base)
+    assert base.positions is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -183,12 +184,33 @@ def _conclude(store: Store, display: Display, over: str | None = None) -> None:
 
 
 def _promote(store: Store, record: TrialRecord, display: Display) -> None:
-    """Promote the winner if the gate agrees; a refusal is a result of the sweep, not its failure."""
+    """Promote the winner if the gate agrees; a refusal is a result of the sweep, not its failure.
+
+    So is a promotion that could not be finished: the trials are over, and `tuner promote` tries it again.
+    """
     try:
         promote_trial(store, record, progress=display.stage)
     except PromotionRefused as refusal:
-        store.set_promoted({"refused": refusal.reasons, "trial": record.number})
-        display.stage(str(refusal))
+        reasons = refusal.reasons
+    except (DiskFullError, Superseded):
+        raise
+    except Exception as error:  # a border: whatever a promotion dies of, the search it follows has its result
+        if is_full_disk(error):
+            raise
+        if not isinstance(error, TunerError):
+            traceback.print_exc()
+        again = f"tuner promote {store.spec.name} {record.number} --root {store.spec.storage.root}"
+        reasons = [f"the promotion failed: {_in_short(error)}", f"`{again}` tries it again"]
+    else:
+        return
+    store.set_promoted({"refused": reasons, "trial": record.number})
+    display.stage(str(PromotionRefused(reasons)))
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of what an error says, and the last, where a process's own error stands."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1].strip()}"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoTokenizer
 
-from tuner.errors import DataError, DiskFullError, PromotionRefused
+from tuner.errors import DiskFullError, PromotionRefused, TunerError
 from tuner.promotion.adapter import check_adapter, check_full_model
 from tuner.promotion.fresh import MergeJob, Progress
 from tuner.promotion.gate import lost_by_merging
@@ -54,10 +54,10 @@ def main(job_file: str, result_file: str) -> None:
         result = run(job, lambda step: print(step, file=steps))
     except PromotionRefused as refusal:
         result = {"refused": refusal.reasons, "broken": refusal.broken}
-    except DataError as damaged:
-        result = {"refused": [str(damaged)], "broken": False}
     except DiskFullError as full:
         result = {"full": str(full)}
+    except TunerError as error:
+        result = {"refused": [str(error)], "broken": False}
     finally:
         _clear_if_orphaned(job)
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
@@ -197,9 +197,21 @@ def _build(job: MergeJob, dtype: torch.dtype, progress: Progress) -> PreTrainedM
     # Quantised as the trial's was; what is not needs no GPU to be merged, and may be too large for one.
     quantized_on = "cuda" if model["quantization"] != "none" and torch.cuda.is_available() else "cpu"
     base: Any = load_model(model, Path(job.cache), quantized_on)
-    base = base.to(dtype) if model["quantization"] == "none" else base.dequantize(dtype)
+    base = base.to(dtype) if model["quantization"] == "none" else dequantized(base, dtype)
     progress("merging")
     return merge(base, Path(job.checkpoint), dtype)
+
+
+def dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """The model with plain weights. How a file's quantised ones were read is forgotten: it could not be saved so."""
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize  # slow to import
+
+    model = model.dequantize(dtype)
+    ways = getattr(model, "_weight_conversions", None) or []
+    of_files = (Bnb4bitDeserialize, Bnb8bitDeserialize)
+    left = [way for way in ways if not any(isinstance(one, of_files) for one in getattr(way, "operations", ()))]
+    model._weight_conversions = left or None
+    return model
 
 
 def _end_where_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

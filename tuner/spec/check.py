@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import Problem
+from tuner.spec.checks.base import check_base
 from tuner.spec.checks.batch import check_batch
 from tuner.spec.checks.clashes import check_clashes
 from tuner.spec.checks.data import check_data
@@ -48,6 +49,7 @@ def check_values(
 
 CHECKS = (
     check_paths,
+    check_base,
     check_storage,
     check_data,
     check_fields,
@@ -61,7 +63,7 @@ CHECKS = (
     check_unread,
 )
 """Each takes a spec of the right shape and returns what is wrong with it."""
-OF_THIS_MACHINE = (check_paths, check_batch, check_needs)
+OF_THIS_MACHINE = (check_paths, check_base, check_batch, check_needs)
 
 
 def _left_out(values: Mapping[str, Any], spec: SweepSpec) -> tuple[str, ...]:

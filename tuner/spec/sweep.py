@@ -64,7 +64,10 @@ class ModelSpec(Section):
     revision: str = Field("main", description="Branch, tag or commit on the hub.")
     gguf_file: str | None = Field(None, description="File name, when the weights are a GGUF file (transformers' name).")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Type the base is loaded in.")
-    quantization: Literal["none", "int8", "nf4"] = Field("none", description="How bitsandbytes holds the base weights.")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="How bitsandbytes holds the base weights; of a base that is stored so, what its config says.",
+    )
     attn_implementation: str | None = Field(None, description="As transformers' `from_pretrained` takes it.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository ships.")
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from tuner.spec.batch import batch_of_one, share_of_batch
+from tuner.spec.checks.base import shards_as_stored
 from tuner.spec.checks.fields import possible_values
 from tuner.spec.checks.strategies import why_not_optimizer
 from tuner.spec.fields import checkpoints_activations
@@ -23,7 +24,7 @@ from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import TrialConfig
 from tuner.training.dataset import DEFAULT_MAX_LENGTH
-from tuner.training.model import pretrained_source
+from tuner.training.model import load_config
 from tuner.training.room import room_of_worker
 from tuner.training.trial import lora_config
 
@@ -110,6 +111,8 @@ def choose_strategy(spec: SweepSpec, cache: Path) -> Chosen:
         return told("ddp", f": too much, but {why}")
     if quantization == "int8" or (quantization == "nf4" and dtype != "bfloat16"):
         return told("ddp", f": too much, but {quantization} weights of a {dtype} model cannot be sharded")
+    if not shards_as_stored(load_config(config["model"], cache).to_dict()):
+        return told("ddp", ": too much, but fsdp does not shard four-bit weights that the base's files hold as bytes")
     left = "" if needs("fsdp").total <= has else ", likely too much: use more workers, or offload"
     return told("fsdp", f", {whole} with ddp{left}")
 
@@ -232,8 +235,7 @@ def _sizes(part: str, cache: Path) -> tuple[Any, int, int]:
     """
     config: TrialConfig = json.loads(part)
     model = config["model"]
-    source, options = pretrained_source(model, cache)
-    settings = AutoConfig.from_pretrained(source, **options)
+    settings = load_config(model, cache)
     with torch.device("meta"):
         tree: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=model["trust_remote_code"])
     linear = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from tuner.errors import TunerError, is_out_of_memory
 from tuner.training.cache import make_once
@@ -19,7 +19,7 @@ from tuner.training.hub import refuse_silent_hub
 from tuner.training.identity import place_of_base, sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN = 3
 _PICKLE = re.compile(rb'\.(bin|pt|pth|pkl)"')
@@ -76,13 +76,14 @@ def load_whole(source: str | Path, named: str, **options: Any) -> PreTrainedMode
         raise _cannot_be_loaded(named, error) from error
     model, info = loaded
     info["mismatched_keys"] |= _misfits(model)
+    info["missing_keys"] |= _without_scales(model)
     if found := _differences(info):
         raise TunerError(f"{named} does not fit its files: {'; '.join(found)}")
     return model
 
 
 def _misfits(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Weights that bitsandbytes quantised in another shape than their layer's, which transformers does not notice."""
+    """Weights that bitsandbytes holds in another shape than their layer's, which transformers does not notice."""
     found: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, torch.nn.Linear):
@@ -92,7 +93,19 @@ def _misfits(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...], tuple[in
         stored, wanted = of_nf4 if of_nf4 is not None else of_int8, (layer.out_features, layer.in_features)
         if stored is not None and tuple(stored.shape) != wanted:
             found.add((f"{name}.weight", tuple(stored.shape), wanted))
+        elif of_nf4 is not None and layer.weight.nbytes != (wanted[0] * wanted[1] + 1) // 2:
+            found.add((f"{name}.weight", (layer.weight.nbytes, 2), wanted))
     return found
+
+
+def _without_scales(model: PreTrainedModel) -> set[str]:
+    """Of weights whose scales are quantised as well, the scales of these, where they are not in the files."""
+    states = {name: getattr(weight, "quant_state", None) for name, weight in model.named_parameters()}
+    return {
+        f"{name}.nested_absmax"
+        for name, state in states.items()
+        if state is not None and not state.nested and not state.absmax.is_floating_point()
+    }
 
 
 def _differences(info: dict[str, Any]) -> list[str]:
@@ -143,8 +156,20 @@ def _read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source, **options)
 
 
+def load_config(model: dict[str, Any], cache: Path) -> PreTrainedConfig:
+    """The base's own config; raises TunerError where there is none that can be read."""
+    source, options = pretrained_source(model, cache)
+    try:  # a border, as above
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_be_loaded(f"model.name: {model['name']}", error) from error
+
+
 def quantization_config(model: dict[str, Any], quant_storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
-    """QLoRA's settings for nf4 (double quantisation, computing in the model's dtype); LLM.int8 for int8."""
+    """QLoRA's settings for nf4 (double quantisation, computing in the model's dtype); LLM.int8 for int8.
+
+    A base that is quantised in its files is loaded by what its own config says, which transformers prefers.
+    """
     if model["quantization"] == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

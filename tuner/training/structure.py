@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tuner.errors import SpecError
 from tuner.spec.checks.base import problems_of_base, too_long
 from tuner.spec.sweep import SweepSpec
-from tuner.training.model import load_config
+from tuner.training.model import load_config, load_model
 from tuner.training.names import unmatched_names
 from tuner.training.sizes import learned_positions, rows_that_do_not_fit
 
@@ -33,8 +33,15 @@ class Structure:
 
 
 def structure_of(spec: SweepSpec, cache: Path) -> Structure:
-    """Read a base's config, and make its modules without weights. Raises TunerError where it has no config."""
-    config = load_config(spec.model.model_dump(), cache)
+    """Read a base's config, and make its modules without weights.
+
+    Raises TunerError where it has no config. Whether its files are those of its weights shows when it is loaded; ZeRO-3
+    hides a part of that from the workers, so for them it is loaded here, without values.
+    """
+    model = spec.model.model_dump()
+    config = load_config(model, cache)
+    if spec.resources.strategy == "zero3":
+        load_model(model, cache, "meta")
     try:  # a border: the model's own code
         with torch.device("meta"):
             tree = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
