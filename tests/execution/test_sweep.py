@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ class Watcher(Silent):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.left: dict[int, list[psutil.Process]] = {}
+        self.left_here: set[Path] = set()
         self.events: list[str] = []
 
     def trial_started(self, number: int, point: dict[str, Any]) -> None:
@@ -95,9 +97,17 @@ def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     folder = tmp_path_factory.mktemp("sweep")
     watcher = Watcher(folder)
+    before = left_on_this_machine()
     sweep = tuner.run(spec_for(tiny_model_dir, folder), display=watcher)
     assert not ray.is_initialized()
+    watcher.left_here = left_on_this_machine() - before
     return sweep, watcher
+
+
+def left_on_this_machine() -> set[Path]:
+    """Semaphores of processes, and folders of Ray's sessions."""
+    sessions = Path(tempfile.gettempdir(), "ray").glob("session_2*")
+    return {*Path("/dev/shm").glob("sem.mp-*"), *sessions}
 
 
 def test_every_trial_ends_with_the_outcome_it_deserves(finished):
@@ -133,6 +143,11 @@ def test_optuna_has_recorded_the_same(finished):
 def test_the_process_of_every_trial_is_gone_when_the_trial_is_over(finished):
     _, watcher = finished
     assert watcher.left == {number: [] for number in range(5)}
+
+
+def test_a_sweep_leaves_no_semaphore_and_no_session_of_ray(finished):
+    _, watcher = finished
+    assert watcher.left_here == set()
 
 
 def test_the_best_evaluation_wins_not_the_last(finished):

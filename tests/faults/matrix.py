@@ -54,6 +54,8 @@ ROWS = (
     "disk full in promotion",
     "a kill between promotion's write and rename",
     "a second Ray cluster on the host",
+    "a dashboard that never answers",
+    "a port drawn that Ray takes for itself",
     "two drivers resuming one sweep",
     "a clock that jumps",
     "200 trials each reporting 50 times with a reader polling",

@@ -248,6 +248,21 @@ DEFENCES = (
         (("execution/machine.py", 'if address == "local" and running:', "if False:"),),
     ),
     Defence(
+        "a dashboard that never answers",
+        "an end to waiting",
+        "test_network.py",
+        "never_answers",
+        (("spec/in_time.py", "thread.join(seconds)", "thread.join()"),),
+        longest_s=120,
+    ),
+    Defence(
+        "a port drawn that Ray takes for itself",
+        "ports that nobody else takes",
+        "test_network.py",
+        "port",
+        (("execution/session.py", "PORTS = range(20_000, 32_768)", "PORTS = range(20_000, 65_536)"),),
+    ),
+    Defence(
         "two drivers resuming one sweep",
         "one of several takes it over",
         "test_cut_off.py",

@@ -22,6 +22,8 @@ those that the system gives away begin where these end."""
 LONGEST_FOLDER = 24
 """Bytes. A socket's path has at most 103 on macOS and 107 on Linux; Ray needs about 80 of them below its folder."""
 _SHORT = "/tmp"
+_LINKS = ("session_latest", "prom_metrics_service_discovery.json")
+"""Beside the folders of sessions, into the last one."""
 _MARK = "tuner.lock"
 """In the folder of a session that tuner started; its driver holds the lock as long as it lives."""
 
@@ -106,6 +108,7 @@ def _remove(session: Path) -> None:
     shutil.rmtree(session, ignore_errors=True)
     if session.exists():  # one of Ray's processes has just written there
         (session / _MARK).touch()
-    latest = session.with_name("session_latest")
-    if latest.is_symlink() and not latest.exists():
-        latest.unlink(missing_ok=True)
+    for name in _LINKS:
+        link = session.with_name(name)
+        if link.is_symlink() and not link.exists():
+            link.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 from tuner.errors import DiskFullError, PromotionRefused, Superseded, TunerError, is_full_disk
 from tuner.execution.engine import Engines, start_engines
 from tuner.execution.events import BEGUN, Display, Silent
+from tuner.execution.folder import watched_folder
 from tuner.execution.head import watched_head
 from tuner.execution.logs import library_output_to
 from tuner.execution.machine import Placement, live_nodes, others_use_it, place, ray_cluster
@@ -50,7 +51,7 @@ def run_sweep(spec: SweepSpec, display: Display | None = None, log_output: bool 
         refuse_what_a_node_lacks(spec)
         with start_engines(spec, placement) as engines:  # first, because it imports for seconds
             store = Store.create(spec)
-            with _driving(store, display, log_output):
+            with watched_folder(store.folder), _driving(store, display, log_output):
                 over = _search(store, engines, placement, display)
                 _conclude(store, display, over)
     return store
@@ -72,7 +73,7 @@ def resume_sweep(
     store.refuse_driven(seen)
     display = display or Silent()
     if remaining_trials(spec, store.study) <= 0:
-        with _taken_over(store, seen, spec), _driving(store, display, log_output):
+        with _taken_over(store, seen, spec), watched_folder(store.folder), _driving(store, display, log_output):
             _conclude(store, display)
         return store
     display.stage("Starting Ray")
@@ -83,6 +84,7 @@ def resume_sweep(
         with (
             start_engines(spec, placement, prepared) as engines,
             _taken_over(store, seen, spec),
+            watched_folder(store.folder),
             _driving(store, display, log_output),
         ):
             over = _search(store, engines, placement, display)

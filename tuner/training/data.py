@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,6 +21,10 @@ Numbered = Iterator[tuple[int, Row]]
 
 FILE_FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 MOST_COLUMNS = 1000
+MOST_EXPANDED = 256 * 10**6
+"""Bytes in memory that any Parquet or Arrow file may become, however small it is, and whatever its footer says."""
+MOST_TIMES = 100
+"""Times its own size that a larger one may."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -224,8 +228,9 @@ def _batches_of_parquet(path: Path) -> Iterator[dict[str, list[Any]]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            yield batch.to_pydict()
+        groups = range(file.metadata.num_row_groups)
+        _refuse_bomb(path, sum(file.metadata.row_group(group).total_byte_size for group in groups))
+        yield from _bounded(path, file.iter_batches(batch_size=100))
 
 
 def _batches_of_arrow(path: Path) -> Iterator[dict[str, list[Any]]]:
@@ -239,8 +244,30 @@ def _batches_of_arrow(path: Path) -> Iterator[dict[str, list[Any]]]:
         else:
             source.seek(0)
             batches = iter(pa.ipc.open_stream(source))
-        for batch in batches:
-            yield batch.to_pydict()
+        yield from _bounded(path, batches)
+
+
+def _bounded(path: Path, batches: Iterable[Any]) -> Iterator[dict[str, list[Any]]]:
+    """The columns of each batch of Arrow's, until they are more than a file of this size can mean to hold."""
+    import pyarrow as pa
+
+    held = 0
+    for batch in batches:
+        columns = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
+        held += sum(column.nbytes for column in columns)
+        _refuse_bomb(path, held)
+        yield batch.to_pydict()
+
+
+def _refuse_bomb(path: Path, expanded: int) -> None:
+    """Raise DataError for a file that holds some more bytes than it could without being made for it."""
+    most = max(MOST_EXPANDED, MOST_TIMES * path.stat().st_size)
+    if expanded > most:
+        raise DataError(
+            f"{path.name}: {path.stat().st_size} bytes become more than {most // 10**6} MB when they are read; "
+            f"allowed: {MOST_TIMES} times the file's size, or {MOST_EXPANDED // 10**6} MB; "
+            "if it is right, write it as .jsonl"
+        )
 
 
 def _batches_of_saved(path: Path, split: str) -> Iterator[dict[str, list[Any]]]:
