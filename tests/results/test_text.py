@@ -47,3 +47,21 @@ def test_durations(seconds, words):
 )
 def test_changes_against_the_base(value, base, words):
     assert text.change(value, base) == words
+
+
+def test_the_data_s_summary_names_unused_columns_and_why_rows_were_dropped():
+    counts = dict.fromkeys(
+        ("rows_read", "rows_train", "rows_eval", "truncated", "duplicates_removed", "train_tokens"), 1
+    )
+    dropped = {"refused_by_chat_template": {"count": 1, "rows": [3], "says": "Roles must alternate"}}
+    summary = {
+        "format": "messages",
+        "columns_unused": ["id", "source"],
+        "dropped": dropped,
+        "eval_dropped": {},
+        **counts,
+    }
+    assert text.data_text(summary)[1:] == [
+        "columns that are not used: id, source",
+        "dropped: 1 refused_by_chat_template (rows 3: Roles must alternate)",
+    ]

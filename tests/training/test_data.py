@@ -247,7 +247,10 @@ PLAIN = {"prompt": "2+2=", "completion": "4"}
 FORMAT_EXAMPLES = {
     "text": ({"text": "a"}, {"text": "a"}),
     "prompt_completion": (PLAIN, PLAIN),
-    "messages": ({"messages": CHAT, "tools": '[{"name": "f"}]'}, {"messages": CHAT, "tools": [{"name": "f"}]}),
+    "messages": (
+        {"messages": CHAT, "tools": '[{"name": "f"}]'},
+        {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]},
+    ),
     "alpaca": (
         {"instruction": "Add.", "input": "2 2", "output": "4"},
         {
@@ -284,6 +287,10 @@ def test_chat_prompts_stay_chat_and_alpaca_without_input_has_its_own_wording() -
 def test_columns_that_the_format_does_not_use_are_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{**PLAIN, "id": 1}, {**PLAIN, "source": "x"}])
     assert read_examples(spec(path), str(path), "text", {})[1] == ["id", "source"]
+    plain = write_jsonl(tmp_path / "b.jsonl", [{**PLAIN, "system": "Be kind."}])
+    assert read_examples(spec(plain), str(plain), "text", {})[1] == ["system"]
+    chat = write_jsonl(tmp_path / "c.jsonl", [{"messages": CHAT, "system": "Be kind."}])
+    assert read_examples(spec(chat), str(chat), "text", {})[1] == []
 
 
 @pytest.mark.parametrize(
@@ -381,20 +388,36 @@ def test_rows_that_cannot_be_used_are_counted_and_the_first_few_named(tmp_path: 
         ("prompt_completion", {"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": ""}]}, "empty"),
         ("prompt_completion", {"prompt": [], "completion": CHAT[1:]}, "empty"),
         ("messages", {"messages": CHAT[:1]}, "empty"),
-        ("messages", {"messages": "Hi"}, "wrong_type"),
+        ("messages", {"messages": "Hi"}, "not_json: the messages: 'Hi'"),
         ("messages", {"messages": [{"role": 1, "content": "a"}]}, "wrong_type"),
-        ("messages", {"messages": CHAT, "tools": "{"}, "wrong_type"),
+        ("messages", {"messages": CHAT, "tools": "{"}, "not_json: the tools: '{'"),
         ("alpaca", {"instruction": "a", "output": ""}, "empty"),
         ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "wrong_type"),
-        ("sharegpt", {"conversations": CHAT}, "wrong_type"),
+        ("sharegpt", {"conversations": "Hi"}, "not_json: the messages: 'Hi'"),
         ("sharegpt", {"conversations": []}, "empty"),
         ("tokenized", {"input_ids": []}, "empty"),
         ("tokenized", {"input_ids": [1, 2.0]}, "wrong_type"),
-        ("tokenized", {"input_ids": [1, 2], "labels": [1]}, "wrong_type"),
+        ("tokenized", {"input_ids": [True, 2]}, "wrong_type"),
+        ("tokenized", {"input_ids": [1, 2], "attention_mask": [1, 2]}, "wrong_type: a mask holds 0 and 1"),
+        ("tokenized", {"input_ids": [1, 2], "labels": [1]}, "lengths_differ: 2 input_ids, 1 labels"),
+        ("tokenized", {"input_ids": [1], "attention_mask": [1, 1]}, "lengths_differ: 1 input_ids, 2 attention_mask"),
+        ("tokenized", {"input_ids": [1, 2], "attention_mask": [0, 0]}, "empty"),
+        (
+            "tokenized",
+            {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]},
+            "hole_in_attention_mask: masked tokens stand between others",
+        ),
     ],
 )
 def test_a_row_without_an_answer_or_of_the_wrong_type_says_which(kind: str, row: Any, reason: str) -> None:
     assert to_example(kind, row) == reason
+
+
+def test_padding_is_cut_from_tokens_and_all_that_goes_along_with_them() -> None:
+    padded = {"input_ids": [2, 5, 6, 7, 2, 2], "labels": [-100, -100, 6, 7, 2, 2], "attention_mask": [0, 1, 1, 1, 0, 0]}
+    assert to_example("tokenized", padded) == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    masked = {"input_ids": [5, 6, 2], "completion_mask": [False, True, False], "attention_mask": [True, True, False]}
+    assert to_example("tokenized", masked) == {"input_ids": [5, 6], "completion_mask": [0, 1]}
 
 
 # --- the split

@@ -15,14 +15,14 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from tuner.errors import DataError
 from tuner.spec.sweep import DataSpec, SweepSpec
 from tuner.training.dataset import Prepared, eval_max_length, prepare
-from tuner.training.tokens import configure_tokenizer
+from tuner.training.tokens import Masking, configure_tokenizer, tokenize
 
 Rows = list[dict[str, Any]]
 Prepare = Callable[..., Prepared]
@@ -217,17 +217,48 @@ def test_rows_that_teach_nothing_are_dropped_and_named(
     (tmp_path / "strict.jinja").write_text(strict)
     rows = conversations(3)
     odd = [{"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    unmasked = [{"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}]
+    unknown = [{"messages": [{"role": "user", "content": "a"}, {"role": "critic", "content": "b"}]}]
     train = {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "strict.jinja")}
-    assert prepare_rows([*rows, *odd, *unmasked], train).summary["dropped"] == {
-        "refused_by_chat_template": {"count": 1, "rows": [4]},
-        "no_target": {"count": 1, "rows": [5]},
+    assert prepare_rows([*rows, *odd, *unknown], train).summary["dropped"] == {
+        "refused_by_chat_template": {"count": 1, "rows": [4], "says": "no"},
+        "unknown_role": {"count": 1, "rows": [5], "says": "the chat template knows no role 'critic'"},
     }
     foreign = [*tokenized(2), {"input_ids": [len(tokenizer)]}, {"input_ids": [1, 2], "labels": [-100, -100]}]
     assert prepare_rows(foreign, {}).summary["dropped"] == {
         "not_a_token": {"count": 1, "rows": [3]},
         "no_target": {"count": 1, "rows": [4]},
     }
+
+
+def test_padded_rows_have_the_targets_of_the_same_rows_without_padding(prepare_rows: Prepare) -> None:
+    padded = [{"input_ids": [100, 101, 102, 103, 2, 2, 2, 2], "attention_mask": [1] * 4 + [0] * 4}]
+    summary = prepare_rows(padded, {}).summary
+    assert (summary["train_tokens"], summary["target_tokens"]) == (4, 4)
+
+
+def test_a_text_that_says_bos_and_eos_itself_has_them_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    bos, eos = str(tokenizer.bos_token), str(tokenizer.eos_token)
+    ends = {bos: tokenizer.bos_token_id, eos: tokenizer.eos_token_id}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": bos, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": eos, "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in ends.items()},
+    }
+    made = type(tokenizer.backend_tokenizer).from_str(json.dumps(backend))
+    adding = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos)
+    rules = Masking(completion_only=True, assistant_only=False, template=None)
+    expected = [ends[bos], *tokenizer("Hi there")["input_ids"], ends[eos]]
+    for text in ("Hi there", f"{bos}Hi there", f"Hi there{eos}", f"{bos}Hi there{eos}\n"):
+        tokens = tokenize({"text": text}, adding, rules)
+        assert tokens == (expected, expected)
+    pairs = [tokenize({"prompt": f"{start}Hi", "completion": " there"}, adding, rules) for start in ("", bos)]
+    assert pairs[0] == pairs[1]
 
 
 def test_the_summary_counts_rows_and_tokens(prepare_rows: Prepare) -> None:

@@ -130,6 +130,8 @@ def data_text(summary: Mapping[str, Any]) -> list[str]:
     }
     parts = [f"{count(number)} {what}" for what, number in counted.items() if number is not None]
     lines = [f"{summary['format']} rows: {', '.join(parts)}; {count(summary['train_tokens'])} tokens"]
+    if summary.get("columns_unused"):
+        lines += [f"columns that are not used: {', '.join(summary['columns_unused'])}"]
     for key, done in {"dropped": "dropped", "eval_dropped": "dropped from the evaluation set"}.items():
         lines += [describe_drops(summary[key], done)] if summary[key] else []
     return lines

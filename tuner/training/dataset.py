@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 1024  # of trl.SFTConfig
 DEFAULT_SEED = 42  # of transformers.TrainingArguments
-_RECIPE = {"recipe": 1, **{name: version(name) for name in ("trl", "transformers", "datasets")}}
+_RECIPE = {"recipe": 2, **{name: version(name) for name in ("trl", "transformers", "datasets")}}
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from tuner.training.data import Row, read_rows, refuse_many_columns
 from tuner.training.formats import (
     COLUMNS_OF_FORMAT,
     MISSING,
-    OPTIONAL_COLUMNS,
     TOO_LONG,
     WRONG_TYPE,
     as_json,
+    columns_used,
     to_example,
 )
 
@@ -56,7 +56,7 @@ def read_examples(
     sample = [(number, shape(number, row)) for number, row in raw]
     shaped = [row for _, row in sample if isinstance(row, dict)]
     kind = recognise(data["format"], shaped, text_field, name)
-    used = {*COLUMNS_OF_FORMAT[kind], *OPTIONAL_COLUMNS.get(kind, ()), *([text_field] if kind == "text" else [])}
+    used = columns_used(kind, shaped, text_field)
 
     def examples() -> Iterator[tuple[int, str]]:
         for number, row in chain(sample, ((number, shape(number, row)) for number, row in rows)):
@@ -95,7 +95,7 @@ def _columns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def _outcome(example: Row | str) -> str:
-    return example if isinstance(example, str) else "usable"
+    return example.partition(":")[0] if isinstance(example, str) else "usable"
 
 
 def _types(sample: list[Row], column: str) -> str:

@@ -10,13 +10,16 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from tuner.training.chat import EMPTY, WRONG_TYPE, Message, says_something, to_messages, to_tools
 from tuner.training.data import Row
 
-EMPTY = "empty"
-WRONG_TYPE = "wrong_type"
+NO_TARGET = "no_target"
+LENGTHS_DIFFER = "lengths_differ"
+HOLE_IN_MASK = "hole_in_attention_mask"
 MISSING = "missing_column"
 TOO_LONG = "too_long"
 
+_BESIDE_CHAT = ("tools", "chat_template_kwargs", "system")
 COLUMNS_OF_FORMAT = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
@@ -26,13 +29,12 @@ COLUMNS_OF_FORMAT = {
     "tokenized": ("input_ids",),
 }
 OPTIONAL_COLUMNS = {
-    "prompt_completion": ("tools", "chat_template_kwargs"),
-    "messages": ("tools", "chat_template_kwargs"),
+    "prompt_completion": _BESIDE_CHAT,
+    "messages": _BESIDE_CHAT,
     "alpaca": ("input",),
-    "sharegpt": ("tools", "chat_template_kwargs"),
+    "sharegpt": _BESIDE_CHAT,
     "tokenized": ("labels", "completion_mask", "assistant_masks", "attention_mask"),
 }
-_ROLE_OF_SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ASKING_ROLES = ("system", "developer", "user", "tool")
 
 # The wording of stanford_alpaca, as in the `text` column of tatsu-lab/alpaca.
@@ -48,7 +50,7 @@ _ALPACA_WITH_INPUT = (
 
 
 def to_example(kind: str, row: Any, text_field: str = "text") -> Row | str:
-    """Return the example that a row of this format stands for, or why it is none: EMPTY, WRONG_TYPE or MISSING."""
+    """Return the example that a row of this format stands for, or why it is none: a reason, or `reason: sentence`."""
     if not isinstance(row, dict):
         return WRONG_TYPE if row is not None else EMPTY
     needed = (text_field,) if kind == "text" else COLUMNS_OF_FORMAT[kind]
@@ -59,6 +61,14 @@ def to_example(kind: str, row: Any, text_field: str = "text") -> Row | str:
     if kind == "text":
         return _problem_of_text(row[text_field]) or {"text": row[text_field]}
     return _CONVERTERS[kind](row)
+
+
+def columns_used(kind: str, sample: list[Row], text_field: str = "text") -> set[str]:
+    """Return the columns that rows of this format are made of; what stands beside a chat is nothing beside text."""
+    if kind == "text":
+        return {text_field}
+    plain = kind == "prompt_completion" and not any(isinstance(row.get("prompt"), list) for row in sample)
+    return {*COLUMNS_OF_FORMAT[kind], *(() if plain else OPTIONAL_COLUMNS.get(kind, ()))}
 
 
 def as_json(example: Row) -> str | None:
@@ -73,20 +83,31 @@ def as_json(example: Row) -> str | None:
 
 def _prompt_completion(row: Row) -> Row | str:
     prompt, completion = row["prompt"], row["completion"]
-    example = {"prompt": prompt, "completion": completion}
     if isinstance(prompt, str):
-        return _problem_of_text(completion) or example
-    problem = _problem_of_chat(prompt) or _problem_of_chat(completion)
-    return problem or (_with_tools(example, row) if _has_content(completion) else EMPTY)
+        return _problem_of_text(completion) or {"prompt": prompt, "completion": completion}
+    asked = to_messages(prompt, row.get("system"))
+    if isinstance(asked, str):
+        return asked
+    answered = WRONG_TYPE if isinstance(completion, str) else to_messages(completion)
+    if isinstance(answered, str):
+        return answered
+    return _problem_of_answers(answered) or _with_tools({"prompt": asked, "completion": answered}, row)
 
 
 def _messages(row: Row) -> Row | str:
-    messages = row["messages"]
-    problem = _problem_of_chat(messages)
-    if problem:
-        return problem
+    return _chat(row["messages"], row)
+
+
+def _sharegpt(row: Row) -> Row | str:
+    return _chat(row["conversations"], row)
+
+
+def _chat(turns: Any, row: Row) -> Row | str:
+    messages = to_messages(turns, row.get("system"))
+    if isinstance(messages, str):
+        return messages
     answers = [message for message in messages if message["role"] not in _ASKING_ROLES]
-    return _with_tools({"messages": messages}, row) if _has_content(answers) else EMPTY
+    return _problem_of_answers(answers) or _with_tools({"messages": messages}, row)
 
 
 def _alpaca(row: Row) -> Row | str:
@@ -98,24 +119,28 @@ def _alpaca(row: Row) -> Row | str:
     return {"prompt": wording.format(instruction=instruction, input=given), "completion": output}
 
 
-def _sharegpt(row: Row) -> Row | str:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return WRONG_TYPE
-    if not all(isinstance(turn.get("from"), str) and "value" in turn for turn in turns):
-        return WRONG_TYPE
-    messages = [{"role": _ROLE_OF_SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
-    return _messages({**row, "messages": messages})
-
-
 def _tokenized(row: Row) -> Row | str:
-    names = ("input_ids", "labels", "completion_mask", "assistant_masks")
-    example = {name: row[name] for name in names if row.get(name) is not None}
-    if not all(isinstance(values, list) and all(type(item) is int for item in values) for values in example.values()):
+    """Tokens that the attention mask hides are padding: cut at both ends, with all that goes along with them."""
+    names = ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask")
+    columns = {name: row[name] for name in names if row.get(name) is not None}
+    masks = {name for name in columns if "mask" in name}
+    if not all(_is_numbers(values, (int, bool) if name in masks else (int,)) for name, values in columns.items()):
         return WRONG_TYPE
-    if len({len(values) for values in example.values()}) > 1:
-        return WRONG_TYPE
-    return example if example["input_ids"] else EMPTY
+    if any(set(columns[name]) - {0, 1} for name in masks):
+        return f"{WRONG_TYPE}: a mask holds 0 and 1"
+    if len({len(values) for values in columns.values()}) > 1:
+        return f"{LENGTHS_DIFFER}: " + ", ".join(f"{len(values)} {name}" for name, values in columns.items())
+    attended = columns.pop("attention_mask", [1] * len(columns["input_ids"]))
+    if 1 not in attended:
+        return EMPTY
+    cut = slice(attended.index(1), len(attended) - attended[::-1].index(1))
+    if 0 in attended[cut]:
+        return f"{HOLE_IN_MASK}: masked tokens stand between others"
+    return {name: [int(item) for item in values[cut]] for name, values in columns.items()}
+
+
+def _is_numbers(values: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(values, list) and all(type(item) in types for item in values)
 
 
 _CONVERTERS: dict[str, Callable[[Row], Row | str]] = {
@@ -133,35 +158,17 @@ def _problem_of_text(value: Any) -> str | None:
     return None if value.strip() else EMPTY
 
 
-def _problem_of_chat(value: Any) -> str | None:
-    if value == []:
+def _problem_of_answers(answers: list[Message]) -> str | None:
+    said = [message for message in answers if says_something(message)]
+    if not said:
         return EMPTY
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        return WRONG_TYPE
-    well_formed = all(
-        isinstance(message.get("role"), str) and isinstance(message.get("content"), str | list | None)
-        for message in value
-    )
-    return None if well_formed else WRONG_TYPE
-
-
-def _has_content(messages: list[Row]) -> bool:
-    def says_something(message: Row) -> bool:
-        content = message.get("content")
-        return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
-
-    return any(says_something(message) for message in messages)
+    return None if any(message.get("weight", 1) for message in said) else f"{NO_TARGET}: every answer has weight 0"
 
 
 def _with_tools(example: Row, row: Row) -> Row | str:
-    """Keep what a chat template may be given beside the messages; `tools` may come as JSON text, as in TRL."""
-    for name in ("tools", "chat_template_kwargs"):
-        value = row.get(name)
-        if isinstance(value, str) and name == "tools":
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return WRONG_TYPE
-        if value:
-            example[name] = value
-    return example
+    """Keep what a chat template may be given beside the messages."""
+    tools = to_tools(row["tools"]) if row.get("tools") else []
+    if isinstance(tools, str):
+        return tools
+    options = row.get("chat_template_kwargs")
+    return example | ({"tools": tools} if tools else {}) | ({"chat_template_kwargs": options} if options else {})

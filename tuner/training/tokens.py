@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from trl import get_training_chat_template, is_conversational
 from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import common_prefix_length
 
 from tuner.errors import DataError
+from tuner.training.formats import NO_TARGET
+from tuner.training.rendering import TEMPLATE_ERRORS, Span, adapted, problem_of, renderer, unlearned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 Example = Mapping[str, Any]
 
 IGNORED = -100
-NO_TARGET = "no_target"
 REFUSED_BY_TEMPLATE = "refused_by_chat_template"
 NOT_A_TOKEN = "not_a_token"
+NO_OFFSETS = "no_offsets"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase, rules: Masking) -> dict[st
 
 
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, rules: Masking) -> tuple[list[int], list[int]] | str:
-    """Return (input_ids, labels), or why there is nothing to learn.
+    """Return (input_ids, labels), or why there is nothing to learn: a reason, or `reason: sentence`.
 
     Both have the same length; labels are -100 where no loss is wanted, and not shifted. Truncation comes later: it
     differs between trials.
@@ -145,11 +146,14 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, rules: Maskin
         ids, masks = _rendered_text(example, tokenizer, rules)
     else:
         try:
-            ids, masks = _rendered_chat(example, tokenizer, rules)
-        except (TemplateError, TypeError, ValueError):  # a template is a program, and it was not written for this row
-            return REFUSED_BY_TEMPLATE
+            rendered = _rendered_chat(example, tokenizer, rules)
+        except TEMPLATE_ERRORS as error:
+            return f"{REFUSED_BY_TEMPLATE}: {error}"
+        if isinstance(rendered, str):
+            return rendered
+        ids, masks = rendered
     given = example.get("labels")
-    labels = given or [token if all(bits) else IGNORED for token, *bits in zip(ids, *masks, strict=False)]
+    labels = given or [token if all(bits) else IGNORED for token, *bits in zip(ids, *masks, strict=True)]
     if "input_ids" in example and not _all_tokens(ids, labels, len(tokenizer)):
         return NOT_A_TOKEN
     return (ids, labels) if any(label != IGNORED for label in labels) else NO_TARGET
@@ -165,36 +169,31 @@ def _all_tokens(ids: list[int], labels: list[int], vocabulary: int) -> bool:
     return all(0 <= token < vocabulary for token in [*ids, *targets])
 
 
+# --- text
+
+
 def _rendered_text(
     example: Example, tokenizer: PreTrainedTokenizerBase, rules: Masking
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the whole example, and the masks that restrict its labels."""
     eos = tokenizer.eos_token or ""
     if "prompt" not in example:
-        return tokenizer(text=_ended(example["text"], eos))["input_ids"], []
-    ids = tokenizer(text=example["prompt"] + _ended(example["completion"], eos))["input_ids"]
+        return _text_ids(_ended(example["text"], eos), tokenizer), []
+    ids = _text_ids(example["prompt"] + _ended(example["completion"], eos), tokenizer)
     if not rules.completion_only:
         return ids, []
-    return ids, [_completion_mask(tokenizer(text=example["prompt"])["input_ids"], ids)]
+    return ids, [_completion_mask(_text_ids(example["prompt"], tokenizer), ids)]
 
 
-def _rendered_chat(
-    example: Example, tokenizer: PreTrainedTokenizerBase, rules: Masking
-) -> tuple[list[int], list[list[int]]]:
-    options: dict[str, Any] = {
-        "tokenize": True,
-        "return_dict": True,
-        "chat_template": rules.template,
-        "tools": example.get("tools"),
-        **example.get("chat_template_kwargs", {}),
-    }
-    messages = example["messages"] if "messages" in example else example["prompt"] + example["completion"]
-    whole: Any = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=rules.assistant_only, **options)
-    masks = [whole["assistant_masks"]] if rules.assistant_only else []
-    if "prompt" in example and rules.completion_only:
-        prompt: Any = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, **options)
-        masks.append(_completion_mask(prompt["input_ids"], whole["input_ids"]))
-    return whole["input_ids"], masks
+def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text; where it says itself what the tokenizer adds, BOS or EOS stand there once."""
+    ids: list[int] = tokenizer(text=text)["input_ids"]
+    added: list[int] = tokenizer(text="")["input_ids"]
+    if tokenizer.bos_token_id in added and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    if tokenizer.eos_token_id in added[-1:] and ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids = ids[:-1]
+    return ids
 
 
 def _completion_mask(prompt: list[int], whole: list[int]) -> list[int]:
@@ -204,4 +203,53 @@ def _completion_mask(prompt: list[int], whole: list[int]) -> list[int]:
 
 
 def _ended(text: str, eos: str) -> str:
+    """The text with one EOS token at its end; a line end after an EOS token that it has is no part of the text."""
+    if eos and text.rstrip().endswith(eos):
+        return text.rstrip()
     return text if text.endswith(eos) else text + eos
+
+
+# --- chat
+
+
+def _rendered_chat(
+    example: Example, tokenizer: PreTrainedTokenizerBase, rules: Masking
+) -> tuple[list[int], list[list[int]]] | str:
+    """Token ids of the whole chat, and the masks that restrict its labels; or the problem with it."""
+    prompt = example.get("prompt", [])
+    messages = example["messages"] if "messages" in example else prompt + example["completion"]
+    used = renderer(tokenizer, rules.template, example.get("tools"), example.get("chat_template_kwargs"))
+    given = adapted(messages, used.template, tokenizer.special_tokens_map)
+    if isinstance(given, str):
+        return given
+    text = used.text(given)
+    if problem := problem_of(text, messages):
+        return problem
+    without = [
+        index
+        for index, message in enumerate(messages)
+        if message.get("weight") == 0
+        and not (rules.completion_only and index < len(prompt))
+        and not (rules.assistant_only and message["role"] != "assistant")
+    ]
+    spans = unlearned(given, without, text, used, tokenizer)
+    if isinstance(spans, str):
+        return spans
+    if not rules.assistant_only and not spans:
+        ids, masks = tokenizer(text, add_special_tokens=False)["input_ids"], []
+    elif not tokenizer.is_fast:
+        return f"{NO_OFFSETS}: the tokenizer does not tell where in the text its tokens stand"
+    else:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        masks = [[1 - bit for bit in _inside(places, spans)]]
+        masks += [_inside(places, used.marked(given)[1])] if rules.assistant_only else []
+    if prompt and rules.completion_only:
+        asked = tokenizer(used.text(given[: len(prompt)], prompt=True), add_special_tokens=False)["input_ids"]
+        masks.append(_completion_mask(asked, ids))
+    return ids, masks
+
+
+def _inside(places: list[Span], spans: list[Span]) -> list[int]:
+    """1 for each token of which a character lies in one of the spans."""
+    return [int(any(a < end and start < max(b, a + 1) for start, end in spans)) for a, b in places]
