@@ -215,6 +215,12 @@ def test_a_command_says_what_is_wrong_with_a_sweep_that_cannot_be_read(name, tmp
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("number", [-1, -(2**70), 6, 2**31, 2**63, 2**70])
+def test_a_trial_that_is_not_there_is_not_found_whatever_its_number(root, number):
+    with pytest.raises(TunerError, match=f"has no trial {number}$"):
+        tuner.open("pydoc-lora", root).trial(number)
+
+
 def test_the_version_is_that_of_the_package(root):
     assert tuner_command(root, "--version").stdout == f"tuner {version('tuner')}\n"
 

@@ -254,6 +254,6 @@ def test_a_store_that_does_not_answer_or_refuses_is_named_without_a_traceback(s3
         timeout=60,
         env=dict(os.environ),
     )
-    assert found.returncode == 1, found.stderr
+    assert found.returncode == 3, found.stderr
     assert found.stderr.startswith("tuner: s3://no-such-bucket/runs: ")
     assert "Traceback" not in found.stderr

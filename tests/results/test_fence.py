@@ -86,6 +86,7 @@ def test_what_is_given_back_is_as_it_was(tmp_path):
     store.take_over(seen)
     store.set_spec(spec.model_copy(update={"budget": spec.budget.model_copy(update={"trials": 9})}))
     store.give_back(seen, spec)
+    made.heartbeat()  # the driver that only stood still is the driver again
     again = Store.open(made.folder)
     assert (again.status().status, again.status().message) == ("failed", "the disk was full")
     assert again.spec == spec

@@ -29,6 +29,32 @@ def test_places_where_no_sweep_can_be_kept_are_refused(messages_of, overrides, s
 @pytest.mark.parametrize(
     "study",
     [
+        *("sqlite://", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true", "sqlite:////etc/passwd"),
+        *("mysql://", "mysql+pymysql://host/db", "oracle://host/db", "postgresql://", "postgresql://${HOST}/db"),
+        "postgresql://me:${PASSWORD}@${HOST}/db",
+    ],
+)
+def test_a_database_that_no_sweep_can_be_recorded_in_is_refused(messages_of, study):
+    (message,) = messages_of(f"storage.study={study}")
+    assert message.startswith("storage.study: got ")
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        "${DATABASE}",
+        "postgresql://host/db",
+        "postgresql+psycopg://${USER}:${PASSWORD}@host:5432/${DB}",
+        "sqlite:////tmp/s.db",
+    ],
+)
+def test_a_database_that_may_be_one_is_taken(messages_of, study):
+    assert messages_of(f"storage.study={study}") == []
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
         "postgresql://me:hunter2@host/db",
         "postgresql://me:hunt/er2@host/db",
         "postgresql+psycopg://:hunter2@host/db",

@@ -269,6 +269,7 @@ def test_the_summary_counts_rows_and_tokens(prepare_rows: Prepare) -> None:
     assert summary == {
         "format": "tokenized",
         "columns_unused": ["note"],
+        "prompting": {"kind": "tokens"},
         "rows_read": 4,
         "eval_format": "tokenized",
         "eval_rows_read": 2,

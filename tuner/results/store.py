@@ -64,6 +64,8 @@ class Store:
         """Of the driver: when it would have begun, by its monotonic clock, had the sweep never been without one."""
         self._optunas: list[optuna.storages.RDBStorage] = []
         """Optuna's own connections to the same database."""
+        self._before: str | None = None
+        """The token that this driver's replaced."""
         self.has_run = False
         """Whether this driver has come further than preparing."""
         self._token: str | None = None
@@ -290,8 +292,9 @@ class Store:
 
     def record(self, number: int) -> TrialRecord:
         """One trial. Raises `NotFoundError`."""
-        for record in self.trials([number]):
-            return record
+        if 0 <= number < 2**31:  # what a column holds
+            for record in self.trials([number]):
+                return record
         raise NotFoundError(f"sweep {self.spec.name!r} has no trial {number}")
 
     def _best_of(self, reports: list[Report]) -> Report | None:
@@ -336,6 +339,9 @@ class Store:
             schema.bring_up_to_date(self._engine)
         self._began = time.monotonic() - seen.elapsed_s
         token = secrets.token_hex(8)
+        with self._engine.connect() as connection:
+            mine = tables.SWEEPS.c.name == self.spec.name
+            self._before = connection.execute(sa.select(tables.SWEEPS.c.driver).where(mine)).scalar()
         unchanged = tables.SWEEPS.c.heartbeat.is_not_distinct_from(seen.heartbeat)
         values = {"status": "preparing", "message": None, "driver": token, **self._driven_from_here()}
         if not self._update(values, unchanged):
@@ -353,7 +359,7 @@ class Store:
         if self.spec != spec:
             self.set_spec(spec)
         self._began = None
-        unchanged = {"status": seen.status, "message": seen.message, "finished": seen.finished}
+        unchanged = {"driver": self._before, "status": seen.status, "message": seen.message, "finished": seen.finished}
         self._update({**unchanged, "heartbeat": seen.heartbeat, "pid": seen.pid, "host": seen.host})
 
     @persistent

@@ -163,6 +163,29 @@ def _check_installed(storage: StorageSpec) -> list[Problem]:
 _EXAMPLE = "postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"
 
 
+def _why_no_database(url: str) -> str | None:
+    """What an URL must be instead, where no sweep could be recorded in it; None where one could."""
+    kind, _, place = url.partition("://")
+    if kind.startswith("${"):
+        return None  # the whole URL is a variable's
+    if kind.partition("+")[0] not in ("sqlite", "postgresql"):
+        return f"sqlite or postgresql, such as {_EXAMPLE}"
+    if kind.startswith("sqlite"):
+        file = place.partition("?")[0].lstrip("/")
+        if not file or ":memory:" in place or "mode=memory" in place:
+            return "a file, such as sqlite:////srv/tuner/study.db: what is in memory no other process can read"
+        path = Path(f"/{file}")
+        if place.startswith("//") and path.is_file() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
+            return "a file of SQLite's, or one that is not there yet"
+        return None
+    host = place.rpartition("@")[2].partition("/")[0].partition("?")[0]
+    if "${" in host:
+        return f"a host in words, such as {_EXAMPLE}: a variable stands for a name or a password before the @"
+    if not place.rpartition("@")[2].strip("/") and "host=" not in place:
+        return f"a host and a database, such as {_EXAMPLE}"
+    return None
+
+
 def check_storage(spec: SweepSpec) -> list[Problem]:
     """Find a `storage` that no sweep can be kept in: places of an unknown kind, or a secret in what is kept."""
     root, url = spec.storage.root, spec.storage.study
@@ -180,6 +203,9 @@ def check_storage(spec: SweepSpec) -> list[Problem]:
     if not re.match(r"[a-z][a-z0-9]*(\+[a-z0-9]+)?://|\$\{", url):
         got = "something with an @ in it" if "@" in url else show(url)  # maybe a password
         return [*problems, Problem("storage.study", got, f"an SQLAlchemy URL, such as {_EXAMPLE}, or null")]
+    if allowed := _why_no_database(url):
+        got = "something with an @ in it" if "@" in url else show(url)
+        return [*problems, Problem("storage.study", got, allowed)]
     passwords = re.findall(r"^[^/]+//[^:/@]*:(.*)@|[?&]password=([^&]*)", url)
     if any(not re.fullmatch(r"\$\{\w+\}", one or other) for one, other in passwords):
         # The spec is copied into the sweep's folder: what stands in it is no secret.
