@@ -120,4 +120,5 @@ def test_the_commands_print_in_one_place_only():
         ("output.py", "typer.echo"),
         ("screens.py", "console.print"),
         ("anywhere.py", "print"),  # base64
+        ("commands.py", "print"),  # where stdout takes nothing any more
     }

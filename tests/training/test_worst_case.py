@@ -70,6 +70,7 @@ def test_of_a_model_that_cannot_be_made_there_is_no_plan_but_a_reason(config, re
     assert str(caught.value).startswith("there is no plan, since model.name ")
     assert reason in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.exit_code == (3 if config is None else 1)  # nobody can be asked for the last
 
 
 def test_disk_is_that_of_the_largest_adapter_as_often_as_it_may_lie_there(tiny_model_dir, tmp_path):

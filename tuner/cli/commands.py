@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +25,8 @@ from tuner.cli.anywhere import (
 )
 from tuner.cli.options import JsonOption, QuietOption, RootOption, SetOption, SpecFile, SweepName, TrialNumber
 from tuner.cli.output import print_json, say, say_next
-from tuner.errors import TunerError
+from tuner.cli.streams import have_streams, into_nothing
+from tuner.errors import TunerError, is_full_disk
 
 if TYPE_CHECKING:
     from tuner.api import Sweep
@@ -48,7 +48,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            into_nothing(1)
             raise typer.Exit(0) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -292,9 +292,17 @@ def rollback(
 
 def main() -> None:
     """Run the command line of this process; exits."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an ASCII terminal gets ? for what it lacks
-    app()
+    have_streams()
+    try:
+        app()
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        into_nothing(1)
+        with suppress(OSError):  # the same disk may be behind both
+            print("tuner: cannot write what was found: the disk is full", file=sys.stderr, flush=True)
+        into_nothing(2)
+        sys.exit(1)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
+from tuner.errors import DiskFullError, is_full_disk
 from tuner.results.plain import plain, plain_json
 
 if TYPE_CHECKING:
@@ -82,10 +83,13 @@ def deliver(content: str | bytes, output: Path | None) -> None:
 
 @contextmanager
 def _opened(output: Path) -> Iterator[BinaryIO]:
-    try:  # a border: the user names the file, and its disk may be full
+    """A file to write. Raises BadParameter where it cannot be written, DiskFullError where there is no room for it."""
+    try:  # a border: the user names the file
         with output.open("wb") as file:
             yield file
     except OSError as error:
+        if is_full_disk(error):
+            raise DiskFullError(f"cannot write all of {output}: its disk is full") from None
         raise typer.BadParameter(f"cannot write {output}: {error.strerror or error}") from None
 
 

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
-from tuner.errors import Problem, SpecError, TunerError
+from tuner.errors import MachineError, Problem, SpecError, TunerError
 from tuner.spec.layout import SweepFolder
 from tuner.spec.sweep import SweepSpec
 
@@ -113,7 +113,7 @@ def readable(path: Path) -> Iterator[sa.URL]:
 def one_at_a_time(engine: sa.Engine) -> Iterator[None]:
     """Of several who make tables in one PostgreSQL, let one go on: it refuses a table that another is just making.
 
-    Raises `TunerError` when the database does not answer, or refuses.
+    Raises `MachineError` when the database does not answer, `TunerError` when it refuses.
     """
     try:
         with engine.connect() as connection, connection.begin():
@@ -121,7 +121,8 @@ def one_at_a_time(engine: sa.Engine) -> Iterator[None]:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MAKES_TABLES)))
             yield
     except sa.exc.DBAPIError as error:
-        raise TunerError(f"storage.study: the database cannot be used: {error.orig}") from error
+        kind = MachineError if _is_away(error) else TunerError
+        raise kind(f"storage.study: the database cannot be used: {error.orig}") from error
 
 
 def engine_options(url: sa.URL, durable: bool = True) -> dict[str, Any]:

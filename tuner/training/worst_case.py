@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import Any
 
-from tuner.errors import TunerError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from tuner.errors import MachineError, TunerError
 from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
@@ -43,7 +45,8 @@ class WorstCase:
 def worst_case(spec: SweepSpec) -> WorstCase:
     """What this sweep takes at most. The model's config is read, from the hub if it is there.
 
-    Raises TunerError where the config cannot be had, or no such model can be made of it.
+    Raises TunerError where the config cannot be had, or no such model can be made of it; MachineError where the hub is
+    out of reach.
     """
     budget, cache = spec.budget, Root.of(spec).cache
     try:  # a border: the config is somebody's, and the code that reads it may be the model's own
@@ -53,7 +56,8 @@ def worst_case(spec: SweepSpec) -> WorstCase:
         raise
     except Exception as error:
         said = " ".join(shorten(line, 300, placeholder=" ...") for line in str(error).strip().splitlines()[:2])
-        raise TunerError(f"there is no plan, since model.name {spec.model.name} gives no model: {said}") from error
+        kind = MachineError if _is_out_of_reach(error) else TunerError
+        raise kind(f"there is no plan, since model.name {spec.model.name} gives no model: {said}") from error
     adapter = alone.trained if config["lora"] is not None else alone.base + alone.trained
     at_once = min(spec.resources.max_concurrent_trials or budget.trials, budget.trials)
     # A running trial has its best adapter, its last, one being written, and the state it would go on from.
@@ -68,6 +72,15 @@ def worst_case(spec: SweepSpec) -> WorstCase:
         adapter_bytes=adapter,
         disk_bytes=kept * adapter + (model if spec.promotion is not None else 0),
     )
+
+
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether this, or what led to it, is that the hub could not be asked, and its cache has no answer."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _tokens(spec: SweepSpec, train: dict[str, Any]) -> int | None:
