@@ -592,8 +592,9 @@ def test_a_command_for_a_cluster_is_said_there_as_it_was_said_here(command, word
         yield 0, ""
 
     monkeypatch.setattr("tuner.execution.jobs.called", called)
-    CliRunner().invoke(commands.app, [command, "demo", *words, "--address", "http://head:8265"])
+    done = CliRunner().invoke(commands.app, [command, "demo", *words, "--address", "http://head:8265"])
     (there,) = said
+    assert done.exit_code == 0
     assert [word for word in there if word != "--"] == (
         ["add", "demo", *words] if command == "add" else ["extend", *words, "demo"]
     )

@@ -28,8 +28,8 @@ def folder_of(root: Path, model: Path) -> tuple[Any, SweepFolder]:
 
 
 @pytest.mark.timeout(60)
-def test_who_works_on_a_folder_that_is_removed_is_interrupted_and_told(tmp_path):
-    _, folder = folder_of(tmp_path, tmp_path)
+def test_who_works_on_a_folder_that_is_removed_is_interrupted_and_told(tiny_model_dir, tmp_path):
+    _, folder = folder_of(tmp_path, tiny_model_dir)
     folder.path.mkdir(parents=True)
     began = time.monotonic()
     folder.path.rename(tmp_path / "elsewhere")
@@ -41,8 +41,8 @@ def test_who_works_on_a_folder_that_is_removed_is_interrupted_and_told(tmp_path)
 
 
 @pytest.mark.timeout(60)
-def test_while_the_folder_is_there_errors_and_interrupts_are_what_they_are(tmp_path):
-    _, folder = folder_of(tmp_path, tmp_path)
+def test_while_the_folder_is_there_errors_and_interrupts_are_what_they_are(tiny_model_dir, tmp_path):
+    _, folder = folder_of(tmp_path, tiny_model_dir)
     folder.path.mkdir(parents=True)
     for error in (KeyError("its own"), KeyboardInterrupt()):
         with pytest.raises(type(error)), watched_folder(folder):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
 from tuner.errors import MachineError
-from tuner.execution import session
+from tuner.execution import machine, session
 from tuner.execution.session import LONGEST_FOLDER, free_port, remove_dead_sessions, removed_afterwards, short_folder
 
 RAYS_OWN = {6379, 8265, 10001, 44217, 44227, 52365}
@@ -134,3 +136,16 @@ def test_a_cluster_starts_in_a_long_folder_and_leaves_nothing_there(folder):
     for link in Path("/tmp").glob("tuner-*"):
         if link.is_symlink() and os.readlink(link) == str(long):
             link.unlink()
+
+
+@pytest.mark.timeout(120)
+def test_a_cluster_that_cannot_be_started_is_refused_in_words_and_half_of_it_is_not_left(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = set(psutil.Process().children(recursive=True))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(machine, "free_port", lambda: taken.getsockname()[1])
+        with pytest.raises(MachineError, match="Ray cannot be started here: Failed to bind"), machine.ray_cluster():
+            pass
+    psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=10)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert machine.clusters_on_this_host() == set()

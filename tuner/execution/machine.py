@@ -8,11 +8,12 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
@@ -111,10 +112,14 @@ def _joined(address: str, running: Collection[str]) -> Iterator[Any]:
 
 
 def _init(address: str, **options: Any) -> Any:
+    before = set(psutil.Process().children(recursive=True))
     try:  # the border to Ray, which has an error of its own for each of its steps
         return ray.init(address, **options, **_QUIET)
     except Exception as error:
         ray.shutdown()
+        for process in set(psutil.Process().children(recursive=True)) - before:  # half a cluster, which Ray leaves
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         what = "Ray cannot be started here" if address == "local" else f"the Ray cluster at {address} cannot be joined"
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MachineError(f"{what}: {said}") from error
