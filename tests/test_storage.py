@@ -17,7 +17,8 @@ import tuner
 from tuner.errors import AliasMoved, NotFoundError, TunerError
 from tuner.execution.retention import drop_worse_adapters, keep_best_adapters
 from tuner.promotion.registry import Version, current, history, next_version, publish, rollback, staging, versions
-from tuner.results.store import Store, sweep_names
+from tuner.results.store import Store
+from tuner.results.sweeps import sweep_names
 from tuner.spec.layout import Root
 from tuner.training.cache import checksums
 from tuner.training.checkpoint import newest_checkpoint

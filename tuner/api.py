@@ -17,7 +17,8 @@ from tuner.results import query
 from tuner.results.ranking import best_trial
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, as_seen
 from tuner.results.requests import Kind
-from tuner.results.store import Store, sweep_names
+from tuner.results.store import Store
+from tuner.results.sweeps import sweep_names
 from tuner.spec.changes import with_more_budget
 from tuner.spec.checks.space import check_point
 from tuner.spec.layout import Root, SweepFolder, absolute_root, default_root
@@ -208,12 +209,18 @@ class Sweep:
 
         That may be an earlier one than its last, and `.adapter_path` is the adapter as it was scored there.
         """
-        found = best_trial(self.records(), self.spec.objective, self.state().tokens_per_trial)
+        state, records = self._stands()
+        found = best_trial(records, self.spec.objective, state.tokens_per_trial)
         return found[0] if found else None
 
     def records(self) -> list[TrialRecord]:
         """Every trial, in order of number; none is RUNNING where no driver is at work."""
-        return as_seen(self.store.trials(), self.status)
+        return self._stands()[1]
+
+    def _stands(self) -> tuple[SweepStatus, list[TrialRecord]]:
+        """The state, and the trials as it shows them."""
+        state = self.state()
+        return state, as_seen(self.store.trials(), state.status)
 
     def trial(self, number: int) -> TrialRecord:
         """One trial, as in `records`. Raises `NotFoundError`."""
@@ -237,18 +244,18 @@ class Sweep:
 
     def results(self, where: str | None = None, sort: str | None = None, top: int | None = None) -> dict[str, Any]:
         """The document that `tuner results NAME --json` prints; `tuner.results.query.document` defines it."""
-        records = self.records()
-        return query.document(self.spec, self.state(), records, query.select(records, self.spec, where, sort, top))
+        state, records = self._stands()
+        return query.document(self.spec, state, records, query.select(records, self.spec, where, sort, top))
 
     def report(self) -> str:
         """The whole sweep as a Markdown page."""
         from tuner.results.report import markdown_report
 
-        return markdown_report(self.spec, self.state(), self.records(), *query.importances(self.store.study))
+        return markdown_report(self.spec, *self._stands(), *query.importances(self.store.study))
 
     def summary(self) -> dict[str, Any]:
         """One row of `tuner.sweeps()`, without the name."""
-        state, records, metric = self.state(), self.records(), self.spec.objective.metric
+        (state, records), metric = self._stands(), self.spec.objective.metric
         best = best_trial(records, self.spec.objective, state.tokens_per_trial)
         return {
             "status": state.status,

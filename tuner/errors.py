@@ -5,6 +5,7 @@ They cross process borders: what `__init__` takes is passed to `super().__init__
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -143,13 +144,19 @@ _NO_SPACE = (
 )
 
 
+def all_that_led_to(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether this, or what led to it, is any library's way of saying so."""
-    while error is not None:
-        if isinstance(error, DiskFullError) or any(words in str(error) for words in _NO_SPACE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        isinstance(one, DiskFullError) or any(words in str(one) for words in _NO_SPACE)
+        for one in all_that_led_to(error)
+    )
 
 
 _NO_MEMORY = (

@@ -359,22 +359,25 @@ def test_a_merge_process_that_fails_shows_the_end_of_its_log(stage, good, tmp_pa
     assert stage.leftovers() == []
 
 
-@pytest.mark.timeout(120)
-def test_the_merge_process_ends_with_who_asked_and_leaves_nothing(stage, good, tmp_path):
-    """Who asks is killed as soon as the merged model is saved; the lock is free at once, the files are gone soon."""
-    arguments = tmp_path / "arguments.json"
-    arguments.write_text(json.dumps([str(stage.model), str(stage.root), str(stage.eval_rows), good.as_dict()]))
-    program = (
+def asker_of(stage: Stage, report: Report, folder: Path, program: str, stderr: int | None = None) -> Any:
+    """A process of its own that runs a program with this `stage` and `report`."""
+    arguments = folder / "arguments.json"
+    arguments.write_text(json.dumps([str(stage.model), str(stage.root), str(stage.eval_rows), report.as_dict()]))
+    prologue = (
         "import sys, json; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "from tests.promotion.test_promote import Stage; from tuner.spec.trial import Report\n"
         "model, root, rows, report = json.loads(Path(sys.argv[1]).read_text())\n"
         "stage = Stage(Path(root), Path(model), Path(rows))\n"
-        "stage.promote(Report.from_dict(report), progress=lambda step: print(step, flush=True))"
     )
-    repository = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", program, str(arguments), repository]
-    asker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with asker:
+    command = [sys.executable, "-c", prologue + program, str(arguments), str(Path(__file__).parents[2])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+@pytest.mark.timeout(120)
+def test_the_merge_process_ends_with_who_asked_and_leaves_nothing(stage, good, tmp_path):
+    """Who asks is killed as soon as the merged model is saved; the lock is free at once, the files are gone soon."""
+    program = "stage.promote(Report.from_dict(report), progress=lambda step: print(step, flush=True))"
+    with asker_of(stage, good, tmp_path, program) as asker:
         assert asker.stdout is not None
         assert any(line == "measuring the merged model\n" for line in asker.stdout)
         (working,) = [stage.root / "models/production" / name for name in stage.leftovers()]
@@ -389,20 +392,12 @@ def test_the_merge_process_ends_with_who_asked_and_leaves_nothing(stage, good, t
 
 @pytest.mark.timeout(120, func_only=True)
 def test_a_promotion_that_is_terminated_ends_its_merge_leaves_nothing_and_says_how_to_go_on(stage, good, tmp_path):
-    arguments = tmp_path / "arguments.json"
-    arguments.write_text(json.dumps([str(stage.model), str(stage.root), str(stage.eval_rows), good.as_dict()]))
     program = (
-        "import sys, json; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from tests.promotion.test_promote import Stage; from tuner.spec.trial import Report\n"
         "from tuner.cli.commands import _interruptible\n"
-        "model, root, rows, report = json.loads(Path(sys.argv[1]).read_text())\n"
-        "stage = Stage(Path(root), Path(model), Path(rows))\n"
         "with _interruptible('promote tiny 3', root):\n"
         "    stage.promote(Report.from_dict(report))"
     )
-    repository = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", program, str(arguments), repository]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asker:
+    with asker_of(stage, good, tmp_path, program, stderr=subprocess.PIPE) as asker:
         merges: list[psutil.Process] = []
         while not merges and asker.poll() is None:
             time.sleep(0.1)

@@ -23,7 +23,8 @@ from tuner.results import alive
 from tuner.results import record as record_module
 from tuner.results import store as store_module
 from tuner.results.record import utc_now
-from tuner.results.store import Store, sweep_names
+from tuner.results.store import Store
+from tuner.results.sweeps import sweep_names
 from tuner.spec.layout import Root
 
 TESTS = Path(__file__).parents[1]

@@ -115,15 +115,19 @@ def test_calls_and_parts_are_rendered_alike_however_they_are_spelled(name: str, 
     assert all(part in text for part in ("weather", "Köln", "old town", QUESTION, ANSWER))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_turn_of_weight_zero_is_not_learned_and_all_others_are(name: str, using: Any) -> None:
-    tokenizer = using(TEMPLATES[name])
-    turns = [
+def two_answers() -> list[dict[str, str]]:
+    return [
         say("user", "First?"),
         say("assistant", "Not to be learned."),
         say("user", "Second?"),
         say("assistant", "Learned."),
     ]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_turn_of_weight_zero_is_not_learned_and_all_others_are(name: str, using: Any) -> None:
+    tokenizer = using(TEMPLATES[name])
+    turns = two_answers()
     whole, unmasked = learned(chat(*turns), tokenizer)
     assert unmasked == ""
     for spelling in ({"weight": 0}, {"train": False}, {"loss": False, "weight": 0.0}):
@@ -139,12 +143,7 @@ def test_a_turn_of_weight_zero_is_not_learned_and_all_others_are(name: str, usin
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name.endswith("_training")])
 def test_what_is_not_learned_is_what_the_template_marks_as_that_turn(name: str, using: Any) -> None:
     tokenizer = using(TEMPLATES[name])
-    turns = [
-        say("user", "First?"),
-        say("assistant", "Not to be learned."),
-        say("user", "Second?"),
-        say("assistant", "Learned."),
-    ]
+    turns = two_answers()
     row = chat(turns[0], turns[1] | {"weight": 0}, *turns[2:])
     ids, labels = tokenize(to_example("messages", row), tokenizer, ASSISTANT)
     others, all_labels = tokenize(to_example("messages", chat(*turns)), tokenizer, ASSISTANT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +45,7 @@ _UNLIMITED = 100_000
 
 def lay_out(columns: Sequence[Column], width: int) -> tuple[list[str], list[str]]:
     """The lines of a table, header first, that fit a width, and the headings that had to go."""
-    columns = [
-        replace(column, header=plain(column.header, True), cells=[plain(cell, True) for cell in column.cells])
-        for column in columns
-    ]
-    kept, dropped = fit(columns, width)
+    kept, dropped = fit([column.each(partial(plain, one_line=True)) for column in columns], width)
     padded = [
         [
             cell.rjust(column.width) if column.right else cell.ljust(column.width)

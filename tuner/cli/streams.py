@@ -1,4 +1,4 @@
-"""The streams of a command, which whoever starts it may have closed, or led to a full disk or an ended program."""
+"""The streams of a command. They may be closed, or lead to a full disk, or to a program that has ended."""
 
 from __future__ import annotations
 

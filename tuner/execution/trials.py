@@ -37,9 +37,10 @@ class Trials:
         self._reached: dict[int, int] = {}
         self._over: list[int] = []
         self._failures: dict[int, Ending] = {}
-        self._alike = Alike(store.trials())
+        before = store.trials()
+        self._alike = Alike(before)
         self._kept = set(store.with_adapters())
-        for record in store.trials():
+        for record in before:
             if record.is_over and record.cause == "oom":
                 self._impossible.ran_out(record.number, record.config)
 

@@ -36,14 +36,17 @@ class HeldStorage(InMemoryStorage):
             self._ids.append(trial._trial_id)
             super().create_new_trial(here, trial)
 
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+    def _write(self, call: Callable[..., Any], *arguments: Any, again: Callable[..., Any] | None = None) -> Any:
         self._may_write()
-        persistent(self._database.set_study_system_attr)(self._study, key, value)
+        return persistent(call, again)(*arguments)
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self._write(self._database.set_study_system_attr, self._study, key, value)
         super().set_study_system_attr(study_id, key, value)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        self._may_write()
-        self._ids.append(persistent(self._database.create_new_trial, self._created)(self._study, template_trial))
+        make = self._database.create_new_trial
+        self._ids.append(self._write(make, self._study, template_trial, again=self._created))
         return super().create_new_trial(study_id, template_trial)
 
     def _created(self, study_id: int, template_trial: FrozenTrial | None) -> int:
@@ -55,13 +58,11 @@ class HeldStorage(InMemoryStorage):
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        self._may_write()
-        persistent(self._database.set_trial_param)(self._ids[trial_id], param_name, param_value_internal, distribution)
+        self._write(self._database.set_trial_param, self._ids[trial_id], param_name, param_value_internal, distribution)
         super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        self._may_write()
-        persistent(self._database.set_trial_state_values, self._told)(self._ids[trial_id], state, values)
+        self._write(self._database.set_trial_state_values, self._ids[trial_id], state, values, again=self._told)
         return super().set_trial_state_values(trial_id, state, values)
 
     def _told(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
@@ -72,16 +73,13 @@ class HeldStorage(InMemoryStorage):
             return True
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        self._may_write()
-        persistent(self._database.set_trial_intermediate_value)(self._ids[trial_id], step, intermediate_value)
+        self._write(self._database.set_trial_intermediate_value, self._ids[trial_id], step, intermediate_value)
         super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._may_write()
-        persistent(self._database.set_trial_user_attr)(self._ids[trial_id], key, value)
+        self._write(self._database.set_trial_user_attr, self._ids[trial_id], key, value)
         super().set_trial_user_attr(trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._may_write()
-        persistent(self._database.set_trial_system_attr)(self._ids[trial_id], key, value)
+        self._write(self._database.set_trial_system_attr, self._ids[trial_id], key, value)
         super().set_trial_system_attr(trial_id, key, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from tuner.results.markdown import code, inline
 from tuner.results.ranking import best_trial
@@ -110,12 +109,7 @@ def _outcomes(records: Sequence[TrialRecord]) -> str:
 
 def _leaderboard(spec: SweepSpec, status: SweepStatus, records: Sequence[TrialRecord]) -> str:
     columns = leaderboard_columns(spec, status, records)
-    return _table(
-        [
-            replace(column, header=inline(column.header), cells=[inline(cell) for cell in column.cells])
-            for column in columns
-        ]
-    )
+    return _table([column.each(inline) for column in columns])
 
 
 def _table(columns: Sequence[Column]) -> str:

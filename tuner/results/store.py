@@ -15,14 +15,12 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from pydantic import ValidationError
 
-from tuner.errors import NotFoundError, SpecError, Superseded, TunerError
+from tuner.errors import NotFoundError, Superseded, TunerError
 from tuner.results import schema, tables
 from tuner.results.alive import BEAT_S, driver_lives, may_live
 from tuner.results.database import (
@@ -39,13 +37,10 @@ from tuner.results.database import (
 from tuner.results.ranking import best_report
 from tuner.results.record import ACTIVE, Status, SweepStatus, TrialRecord, finite, utc_now
 from tuner.results.requests import Requests
-from tuner.spec.changes import differences
-from tuner.spec.checks.shape import check_shape
-from tuner.spec.checks.words import show
-from tuner.spec.layout import Root, SweepFolder
+from tuner.results.sweeps import already_there, spec_of
+from tuner.spec.layout import SweepFolder
 from tuner.spec.load import dump_spec
-from tuner.spec.sweep import NAME, SweepSpec
-from tuner.spec.text import parse_yaml
+from tuner.spec.sweep import SweepSpec
 from tuner.spec.trial import Attempt, Outcome, Report, TrialConfig
 
 if TYPE_CHECKING:
@@ -93,7 +88,7 @@ class Store:
                 folder.root.create(folder.spec, dump_spec(spec))
         except OSError:
             if folder.exists():  # somebody else was faster
-                raise _already_there(folder, spec) from None
+                raise already_there(folder, spec) from None
             raise
         finally:
             shutil.rmtree(draft.path, ignore_errors=True)
@@ -106,7 +101,7 @@ class Store:
         """Raise `TunerError` when a sweep of that name is there already."""
         folder = SweepFolder.of(spec)
         if folder.exists():
-            raise _already_there(folder, spec)
+            raise already_there(folder, spec)
 
     @classmethod
     def open(cls, folder: SweepFolder) -> Store:
@@ -114,7 +109,7 @@ class Store:
 
         Raises `NotFoundError`, and `TunerError` when its records are damaged or those of another version.
         """
-        spec = _spec_of(folder)
+        spec = spec_of(folder)
         if spec.storage.study is None and not folder.study.exists():
             raise NotFoundError(f"sweep {folder.name!r} has lost its records: {folder.study} is not there")
         url, borrowed = database_url(spec, folder, "rw"), ExitStack()
@@ -302,6 +297,11 @@ class Store:
 
     # The sweep as a whole
 
+    @property
+    def _mine(self) -> sa.ColumnElement[bool]:
+        """Of the table of sweeps, the row of this one."""
+        return tables.SWEEPS.c.name == self.spec.name
+
     def set_status(self, status: Status, message: str | None = None) -> None:
         """Record where the sweep stands. Who sets `preparing` or `running` becomes its driver."""
         values: dict[str, Any] = {"status": status, "message": message}
@@ -339,9 +339,7 @@ class Store:
             schema.bring_up_to_date(self._engine)
         self._began = time.monotonic() - seen.elapsed_s
         token = secrets.token_hex(8)
-        with self._engine.connect() as connection:
-            mine = tables.SWEEPS.c.name == self.spec.name
-            self._before = connection.execute(sa.select(tables.SWEEPS.c.driver).where(mine)).scalar()
+        self._before = self._driver()
         unchanged = tables.SWEEPS.c.heartbeat.is_not_distinct_from(seen.heartbeat)
         values = {"status": "preparing", "message": None, "driver": token, **self._driven_from_here()}
         if not self._update(values, unchanged):
@@ -367,18 +365,21 @@ class Store:
         """Raise `Superseded` when this store was the driver's and no longer is."""
         if self._token is None:
             return
-        query = sa.select(tables.SWEEPS.c.driver).where(tables.SWEEPS.c.name == self.spec.name)
+        if self._driver() != self._token:
+            raise Superseded(self.spec.name)
+
+    def _driver(self) -> str | None:
+        """The token of the driver, as it is recorded now."""
         with self._engine.connect() as connection:
-            if connection.execute(query).scalar() != self._token:
-                raise Superseded(self.spec.name)
+            return connection.execute(sa.select(tables.SWEEPS.c.driver).where(self._mine)).scalar()
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
         """A transaction in which nobody takes the sweep over. Raises `Superseded` when somebody has."""
         with self._engine.begin() as connection:
             if self._token is not None:
-                mine = (tables.SWEEPS.c.name == self.spec.name) & (tables.SWEEPS.c.driver == self._token)
-                held = connection.execute(tables.SWEEPS.update().where(mine).values(driver=self._token))
+                driven = self._mine & (tables.SWEEPS.c.driver == self._token)
+                held = connection.execute(tables.SWEEPS.update().where(driven).values(driver=self._token))
                 if held.rowcount != 1:
                     raise Superseded(self.spec.name)
             yield connection
@@ -425,9 +426,8 @@ class Store:
     @persistent
     def _update(self, values: Mapping[str, Any], condition: sa.ColumnElement[bool] | None = None) -> bool:
         """Change the sweep's row, if a condition on it holds; return whether it did."""
-        mine = tables.SWEEPS.c.name == self.spec.name
         with self._writing() as connection:
-            where = mine if condition is None else mine & condition
+            where = self._mine if condition is None else self._mine & condition
             return connection.execute(tables.SWEEPS.update().where(where).values(values)).rowcount == 1
 
     @persistent
@@ -435,63 +435,9 @@ class Store:
         """How the sweep stands, as seen from here: a driver that is gone makes it `interrupted`."""
         with self._engine.connect() as connection:
             read = [column for column in tables.SWEEPS.columns if column not in schema.OPTIONAL]
-            query = sa.select(*read).where(tables.SWEEPS.c.name == self.spec.name)
+            query = sa.select(*read).where(self._mine)
             row = connection.execute(query).mappings().one_or_none()
         if row is None:
             raise NotFoundError(f"sweep {self.spec.name!r} is not in its database")
         status = tables.sweep_status(row)
         return status if status.status not in ACTIVE or driver_lives(status) else tables.interrupted(status)
-
-
-def _spec_of(folder: SweepFolder) -> SweepSpec:
-    """The spec that a sweep began with. Raises `NotFoundError`, and `TunerError` where it is none of this version."""
-    try:  # a border: the file may be anything by now
-        text = folder.root.read(folder.spec)
-    except FileNotFoundError:
-        raise NotFoundError(_no_such_sweep(folder)) from None
-    except (OSError, UnicodeError) as error:
-        raise TunerError(f"the spec of sweep {folder.name!r} cannot be read: {error}") from error
-    place = folder.root.address(folder.spec)
-    asked = parse_yaml(text, place)
-    if not isinstance(asked, dict) or not isinstance(asked.get("storage"), dict):
-        raise TunerError(f"{place} holds no spec any more: sweep {folder.name!r} cannot be read")
-    asked["storage"]["root"] = folder.root.place  # it may have moved since
-    try:
-        return SweepSpec.model_validate(asked)
-    except ValidationError as error:
-        raise SpecError(check_shape(asked)[1], f"{place}, by another version of tuner or changed since") from error
-
-
-def _already_there(folder: SweepFolder, spec: SweepSpec) -> TunerError:
-    if not folder.root.exists(folder.spec):
-        return TunerError(f"{folder.path} exists but is no sweep (it has no spec.yaml): move it away")
-    changes = [
-        f"{key} is {show(there)}, not {show(here)}"
-        for key, (there, here) in differences(_spec_of(folder), spec).items()
-    ]
-    another = f" with another spec ({'; '.join(changes[:5])}{'; ...' if changes[5:] else ''})" if changes else ""
-    return TunerError(
-        f"sweep {folder.name!r} exists already in {folder.address}{another}: `tuner results {folder.name}` shows it, "
-        f"`tuner resume {folder.name}` continues it if it was cut off, `--set name=...` gives this one another name"
-    )
-
-
-def _no_such_sweep(folder: SweepFolder) -> str:
-    names = sweep_names(folder.root)
-    near = get_close_matches(folder.name, names, n=3, cutoff=0.5)
-    there = f"there: {', '.join(names[:10])}" if names else "there is none (--root or TUNER_ROOT say where to look)"
-    hint = f"did you mean {' or '.join(near)}?" if near else there
-    return f"no sweep {folder.name!r} in {folder.root.address(folder.root.sweeps)}; {hint}"
-
-
-def sweep_names(root: Root) -> list[str]:
-    """The names of a root's sweeps, sorted; also of those that cannot be read."""
-    return [name for name in root.names(root.sweeps) if NAME.fullmatch(name) and _is_sweep(root, name)]
-
-
-def _is_sweep(root: Root, name: str) -> bool:
-    try:  # a border: links and permissions are anybody's
-        folder = root.sweep(name)
-        return root.exists(folder.spec) or folder.spec.is_symlink() or folder.path.is_symlink()
-    except (TunerError, OSError):
-        return True  # what is wrong with it is said when it is opened

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuner.results.ranking import best_trial, leaderboard
@@ -32,6 +32,10 @@ class Column:
     cells: Sequence[str]
     drop: int = 0
     right: bool = True
+
+    def each(self, change: Callable[[str], str]) -> Column:
+        """The column with its header and every cell changed."""
+        return replace(self, header=change(self.header), cells=[change(cell) for cell in self.cells])
 
     @property
     def width(self) -> int:

@@ -117,7 +117,7 @@ class BudgetSpec(Section):
     tokens: int | None = Field(None, ge=1, description="Trained tokens of all trials together.")
     gpu_hours: float | None = Field(None, gt=0, description="Hours of all trials, each times the GPUs it holds.")
     max_failures: int = Field(
-        3, ge=1, description="So many trials that fail alike, and no other outcome before, end the search."
+        3, ge=1, description="The search ends when its first trials, this number of them, all fail in the same way."
     )
     disk: Bytes | None = Field(None, description="Size of the sweep's folder; `500MB`, `20GB` or bytes.")
 

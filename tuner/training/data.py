@@ -260,7 +260,7 @@ def _bounded(path: Path, batches: Iterable[Any]) -> Iterator[dict[str, list[Any]
 
 
 def _refuse_bomb(path: Path, expanded: int) -> None:
-    """Raise DataError for a file that holds some more bytes than it could without being made for it."""
+    """Raise DataError for a file that becomes far larger in memory than a file of its size with real data does."""
     most = max(MOST_EXPANDED, MOST_TIMES * path.stat().st_size)
     if expanded > most:
         raise DataError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -12,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import TunerError
+from tuner.spec.checks import paths
 from tuner.spec.sweep import SweepSpec
 from tuner.training.hub import refuse_silent_hub
 
-PACKAGE_SCHEME = "package:"
 _LOADED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 """Ends of the names of the files that loading a model and its tokenizer may read."""
 
 
 def package_folder(package: str) -> Path:
     """Folder of an installed Python package, without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    found = paths.package_folder(package)
+    if found is None:
         raise TunerError(f"model.name: the Python package {package!r} is not installed")
-    return Path(spec.submodule_search_locations[0])
+    return found
 
 
 def place_of_base(name: str) -> str:
     """The folder of a base, or its hub id."""
-    return str(package_folder(name.removeprefix(PACKAGE_SCHEME))) if name.startswith(PACKAGE_SCHEME) else name
+    return str(package_folder(name.removeprefix(paths.PACKAGE))) if name.startswith(paths.PACKAGE) else name
 
 
 def with_commit(spec: SweepSpec) -> SweepSpec:

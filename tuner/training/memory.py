@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -24,7 +23,7 @@ from tuner.spec.space import resolve
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
 from tuner.spec.trial import TrialConfig
 from tuner.training.dataset import DEFAULT_MAX_LENGTH
-from tuner.training.model import load_config
+from tuner.training.model import load_config, without_weights
 from tuner.training.room import room_of_worker
 from tuner.training.trial import lora_config
 
@@ -236,8 +235,7 @@ def _sizes(part: str, cache: Path) -> tuple[Any, int, int]:
     config: TrialConfig = json.loads(part)
     model = config["model"]
     settings = load_config(model, cache)
-    with torch.device("meta"):
-        tree: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=model["trust_remote_code"])
+    tree: Any = without_weights(settings, model["trust_remote_code"])
     linear = {
         id(module.weight)
         for module in tree.modules()

@@ -165,6 +165,12 @@ def load_config(model: dict[str, Any], cache: Path) -> PreTrainedConfig:
         raise _cannot_be_loaded(f"model.name: {model['name']}", error) from error
 
 
+def without_weights(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of this config on the meta device: all its modules, and no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def quantization_config(model: dict[str, Any], quant_storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig | None:
     """QLoRA's settings for nf4 (double quantisation, computing in the model's dtype); LLM.int8 for int8.
 

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from tuner.errors import SpecError
 from tuner.spec.checks.base import problems_of_base, too_long
 from tuner.spec.sweep import SweepSpec
-from tuner.training.model import load_config, load_model
+from tuner.training.model import load_config, load_model, without_weights
 from tuner.training.names import unmatched_names
 from tuner.training.sizes import learned_positions, rows_that_do_not_fit
 
@@ -43,8 +40,7 @@ def structure_of(spec: SweepSpec, cache: Path) -> Structure:
     if spec.resources.strategy == "zero3":
         load_model(model, cache, "meta")
     try:  # a border: the model's own code
-        with torch.device("meta"):
-            tree = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
+        tree: Any = without_weights(config, spec.model.trust_remote_code)
     except Exception as error:
         print(f"names and sizes are not held against the base: {error}", flush=True)
         tree = None

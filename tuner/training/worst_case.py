@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from tuner.errors import MachineError, TunerError
+from tuner.errors import MachineError, TunerError, all_that_led_to
 from tuner.spec.batch import batch_of_one
 from tuner.spec.layout import Root
 from tuner.spec.sweep import ResourcesSpec, SweepSpec
@@ -74,13 +74,9 @@ def worst_case(spec: SweepSpec) -> WorstCase:
     )
 
 
-def _is_out_of_reach(error: BaseException | None) -> bool:
+def _is_out_of_reach(error: BaseException) -> bool:
     """Whether this, or what led to it, is that the hub could not be asked, and its cache has no answer."""
-    while error is not None:
-        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(one, LocalEntryNotFoundError | OfflineModeIsEnabled) for one in all_that_led_to(error))
 
 
 def _tokens(spec: SweepSpec, train: dict[str, Any]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from tuner.errors import Problem
 from tuner.spec.checks.fields import place_of, possible_values
-from tuner.spec.checks.paths import PACKAGE, is_small_file
+from tuner.spec.checks.paths import PACKAGE, is_small_file, package_folder
 from tuner.spec.checks.words import show
 from tuner.spec.sweep import SweepSpec
 
@@ -41,14 +40,11 @@ def problems_of_base(spec: SweepSpec, config: Mapping[str, Any]) -> list[Problem
 
 def _config_of(spec: SweepSpec) -> dict[str, Any] | None:
     """The config.json of a base in a folder or an installed package; None where there is none that can be read."""
-    folder = spec.model.name
-    if folder.startswith(PACKAGE):
-        name = folder.removeprefix(PACKAGE)
-        package = importlib.util.find_spec(name) if name.isidentifier() else None
-        if package is None or not package.submodule_search_locations:
-            return None
-        folder = package.submodule_search_locations[0]
-    path = Path(folder) / "config.json"
+    name = spec.model.name
+    folder = package_folder(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else Path(name)
+    if folder is None:
+        return None
+    path = folder / "config.json"
     try:
         if spec.model.gguf_file is not None or not is_small_file(path):
             return None

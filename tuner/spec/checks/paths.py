@@ -97,14 +97,21 @@ def _missing(key: str, place: str) -> Problem:
     return Problem(key, show(place), "a path that exists, or a hub id", nearest(path.name, siblings))
 
 
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies; None where there is none of this name. It is not imported."""
+    package = importlib.util.find_spec(name) if re.fullmatch(r"[A-Za-z]\w*", name) else None
+    places = package.submodule_search_locations if package is not None else None
+    return Path(places[0]) if places else None
+
+
 def _check_model(model: ModelSpec) -> list[Problem]:
     folder = Path(model.name)
     if model.name.startswith(PACKAGE):
         name = model.name.removeprefix(PACKAGE)
-        package = importlib.util.find_spec(name) if re.fullmatch(r"[A-Za-z]\w*", name) else None
-        if package is None or not package.submodule_search_locations:
+        found = package_folder(name)
+        if found is None:
             return [Problem("model.name", show(model.name), f"an installed package (pip install {name})")]
-        folder = Path(package.submodule_search_locations[0])
+        folder = found
     elif os.path.isabs(folder) and os.path.isfile(folder):
         return [Problem("model.name", show(model.name), "a folder; a GGUF file in it goes to model.gguf_file")]
     if not (os.path.isabs(folder) and os.path.isdir(folder)):
@@ -163,6 +170,11 @@ def _check_installed(storage: StorageSpec) -> list[Problem]:
 _EXAMPLE = "postgresql://tuner:${TUNER_DB_PASSWORD}@host/tuner"
 
 
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
 def _why_no_database(url: str) -> str | None:
     """What an URL must be instead, where no sweep could be recorded in it; None where one could."""
     kind, _, place = url.partition("://")
@@ -175,7 +187,7 @@ def _why_no_database(url: str) -> str | None:
         if not file or ":memory:" in place or "mode=memory" in place:
             return "a file, such as sqlite:////srv/tuner/study.db: what is in memory no other process can read"
         path = Path(f"/{file}")
-        if place.startswith("//") and path.is_file() and path.read_bytes()[:16] not in (b"", b"SQLite format 3\0"):
+        if place.startswith("//") and path.is_file() and _first_bytes(path) not in (b"", b"SQLite format 3\0"):
             return "a file of SQLite's, or one that is not there yet"
         return None
     host = place.rpartition("@")[2].partition("/")[0].partition("?")[0]
