@@ -52,10 +52,11 @@ def worst_case(spec: SweepSpec) -> WorstCase:
     try:  # a border: the config is somebody's, and the code that reads it may be the model's own
         chosen, config = choose_strategy(spec, cache), largest_trial(spec, cache)
         alone = estimate(config, ResourcesSpec(), cache)  # nothing sharded: what is saved is whole
-    except TunerError:
+    except MachineError:
         raise
     except Exception as error:
-        said = " ".join(shorten(line, 300, placeholder=" ...") for line in str(error).strip().splitlines()[:2])
+        own = error.__cause__ if isinstance(error, TunerError) and error.__cause__ else error  # the library's words
+        said = " ".join(shorten(line, 300, placeholder=" ...") for line in str(own).strip().splitlines()[:2])
         kind = MachineError if _is_out_of_reach(error) else TunerError
         raise kind(f"there is no plan, since model.name {spec.model.name} gives no model: {said}") from error
     adapter = alone.trained if config["lora"] is not None else alone.base + alone.trained
